@@ -1,0 +1,129 @@
+"""Capture: keeps the events that the settings ask for, by their tag alone, and journals them in groups.
+
+The callback runs inside the bus reader, so it parses nothing but the tag and waits for nothing. A
+group goes to the journal's thread every 50 ms or 256 events, whichever is first; while one is being
+written the next collects. If the disk stalls, memory holds up to 64 MiB; what comes after that is
+dropped and counted. An append that fails is tried again: its events stay at the head of the line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from . import records
+from .journal import Journal, NewEvent
+
+log = logging.getLogger(__name__)
+
+GROUP_SECONDS = 0.05
+GROUP_EVENTS = 256
+MEMORY_BYTES = 64 * 1024 * 1024
+_RETRY_SECONDS = 1.0
+
+Result = TypeVar("Result")
+InJournal = Callable[..., Awaitable[Any]]
+"""Runs a function in the journal's thread."""
+
+
+class Capture:
+    """Between the bus and the journal. ``on_append`` is called after each group is on disk."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        in_journal: InJournal,
+        selection: records.Selection,
+        *,
+        on_append: Callable[[], None],
+    ) -> None:
+        self.selection = selection
+        self.dropped = 0
+        """Events lost because memory was full, not yet in the books."""
+        self.last_error = ""
+        self._journal = journal
+        self._in_journal = in_journal
+        self._on_append = on_append
+        self._held: list[NewEvent] = []
+        self._bytes = 0
+        self._full = asyncio.Event()
+        self._some = asyncio.Event()
+        self._writing = asyncio.Lock()
+
+    @property
+    def held(self) -> int:
+        """Events in memory only."""
+        return len(self._held)
+
+    def on_event(self, body: bytes) -> None:
+        """Takes one event of the bus, or leaves it."""
+        end = body.find(records.SEPARATOR, 0, records.MAX_TAG_BYTES)
+        try:
+            tag = body[:end].decode() if end > 0 else ""
+        except UnicodeDecodeError:
+            return
+        job = records.parse_tag(tag)
+        if (job is None or not self.selection.wants_job(job)) and not self.selection.wants_event(tag):
+            return
+        if self._bytes >= MEMORY_BYTES:
+            if not self.dropped:
+                log.error("Memory for events is full and the journal is not taking any; dropping and counting")
+            self.dropped += 1
+            return
+        self._held.append(NewEvent(time.time(), job.jid if job else "", job.minion if job else "", body))
+        self._bytes += len(body)
+        if len(self._held) == 1:
+            self._some.set()
+        if len(self._held) >= GROUP_EVENTS:
+            self._full.set()
+
+    async def run(self) -> None:
+        """Journals groups until cancelled. To lose nothing, :meth:`drain` once before cancelling."""
+        while True:
+            await self._some.wait()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._full.wait(), GROUP_SECONDS)
+            try:
+                await self.drain()
+            except sqlite3.Error as exc:
+                self._say(f"The journal {self._journal.path} cannot be written: {exc}; holding events in memory")
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def drain(self) -> None:
+        """Journals all that is held now.
+
+        Raises:
+            sqlite3.Error: the journal could not be written; the events are held as before.
+        """
+        async with self._writing:
+            group, self._held = self._held, []
+            size, self._bytes = self._bytes, 0
+            dropped, self.dropped = self.dropped, 0
+            self._some.clear()
+            self._full.clear()
+            try:
+                await self._in_journal(self._append, group, dropped)
+            except sqlite3.Error:
+                self._held = group + self._held
+                self._bytes += size
+                self.dropped += dropped
+                self._some.set()
+                raise
+        self.last_error = ""
+        if group:
+            self._on_append()
+
+    def _append(self, group: list[NewEvent], dropped: int) -> None:
+        self._journal.append(group)
+        if dropped:
+            self._journal.count({"captured": dropped, "dropped.memory_full": dropped})
+
+    def _say(self, message: str) -> None:
+        if message != self.last_error:
+            log.error(message)
+        self.last_error = message

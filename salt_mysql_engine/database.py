@@ -1,0 +1,323 @@
+"""The only module that knows aiomysql: connecting, session settings, timeouts, and what errors mean.
+
+A :class:`Session` is one logged-in connection whose settings are known: utf8mb4, UTC, strict mode with
+backslash escapes, READ COMMITTED, no autocommit, no multi-statements. Every failure comes out as a
+:class:`~salt_mysql_engine.errors.DatabaseError` with a verdict. A session that failed in any way but a
+refused row is closed; the next one starts from nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import aiomysql
+import pymysql
+from pymysql.constants import CLIENT, CR, ER, SERVER_STATUS
+
+from .errors import DatabaseError, OperatorNeeded, RowsRejected, ServerUnavailable, SettingsError
+from .settings import Connection
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_ROW_ERRORS = frozenset(
+    {
+        ER.DATA_TOO_LONG,  # 1406
+        ER.TRUNCATED_WRONG_VALUE_FOR_FIELD,  # 1366: invalid text for the column's charset
+        ER.WARN_DATA_OUT_OF_RANGE,  # 1264
+        ER.WARN_DATA_TRUNCATED,  # 1265
+        ER.TRUNCATED_WRONG_VALUE,  # 1292
+        ER.BAD_NULL_ERROR,  # 1048
+        ER.DUP_ENTRY,  # 1062: on a unique key that is not ours
+        ER.INVALID_CHARACTER_STRING,  # 1300
+        ER.NET_PACKET_TOO_LARGE,  # 1153
+        ER.TOO_BIG_ROWSIZE,  # 1118
+        ER.NO_REFERENCED_ROW_2,  # 1452
+        3140,  # ER_INVALID_JSON_TEXT (MySQL)
+        3819,  # ER_CHECK_CONSTRAINT_VIOLATED (MySQL)
+        3988,  # ER_CANNOT_CONVERT_STRING (MySQL)
+        4025,  # ER_CONSTRAINT_FAILED (MariaDB; a JSON column's JSON_VALID too)
+    }
+)
+"""The server is well and some row is not. Names: MySQL 8.0 and MariaDB 10.11 error references."""
+
+_GRANT = "grant the user SELECT, INSERT, UPDATE (and CREATE with schema: create) on the database"
+_REMEDIES = {
+    ER.ACCESS_DENIED_ERROR: "check mysql.user and mysql.pass in the master config",
+    ER.DBACCESS_DENIED_ERROR: _GRANT,
+    ER.BAD_DB_ERROR: "create the database, or correct mysql.db in the master config",
+    ER.TABLEACCESS_DENIED_ERROR: _GRANT,
+    ER.COLUMNACCESS_DENIED_ERROR: "grant the user SELECT, INSERT, UPDATE on the tables",
+    ER.SPECIFIC_ACCESS_DENIED_ERROR: "grant the user the privilege named",
+    ER.NO_SUCH_TABLE: "use schema: create, or create the tables from the package's schema folder",
+    ER.BAD_FIELD_ERROR: "the table is not of the documented shape; compare it with the package's schema folder",
+    ER.NO_DEFAULT_FOR_FIELD: "give the added column a default, so that rows without it can be inserted",
+    ER.HOST_NOT_PRIVILEGED: "allow the master's address for the user in the database server",
+    ER.HOST_IS_BLOCKED: "run FLUSH HOSTS on the database server",
+    1862: "set a new password for the user",  # ER_MUST_CHANGE_PASSWORD_LOGIN
+    1820: "set a new password for the user",  # ER_MUST_CHANGE_PASSWORD
+    1665: "set the server's binlog_format to MIXED or ROW",  # ER_BINLOG_STMT_MODE_AND_ROW_ENGINE
+    1698: "the user logs in by unix_socket or another plugin; give it a password",  # ER_ACCESS_DENIED_NO_PASSWORD
+    2059: "give the user a login plugin that aiomysql knows: mysql_native_password or caching_sha2_password",
+    3118: "unlock the user's account",  # ER_ACCOUNT_HAS_BEEN_LOCKED
+    4151: "unlock the user's account",  # ER_ACCOUNT_HAS_BEEN_LOCKED (MariaDB)
+}
+"""A person must act; what to do, by error number."""
+
+_BUSY = frozenset(
+    {
+        ER.CON_COUNT_ERROR,  # 1040
+        ER.LOCK_WAIT_TIMEOUT,  # 1205
+        ER.LOCK_DEADLOCK,  # 1213
+        ER.SERVER_SHUTDOWN,  # 1053
+        ER.UNKNOWN_COM_ERROR,  # 1047: a Galera node that is not ready (WSREP)
+        ER.OPTION_PREVENTS_STATEMENT,  # 1290: --read-only
+        ER.TOO_MANY_USER_CONNECTIONS,  # 1203
+        ER.QUERY_INTERRUPTED,  # 1317
+        ER.DISK_FULL,  # 1021
+        ER.RECORD_FILE_FULL,  # 1114
+        ER.ERROR_DURING_COMMIT,  # 1180
+        ER.USER_LIMIT_REACHED,  # 1226
+        1792,  # ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION
+        1836,  # ER_READ_ONLY_MODE
+        1927,  # ER_CONNECTION_KILLED (MariaDB)
+        1969,  # ER_STATEMENT_TIMEOUT (MariaDB)
+        3024,  # ER_QUERY_TIMEOUT (MySQL)
+        3101,  # ER_TRANSACTION_ROLLBACK_DURING_COMMIT (Group Replication)
+        4031,  # ER_CLIENT_INTERACTION_TIMEOUT (MySQL)
+    }
+)
+"""The server will take the batch another time."""
+
+_SESSION_SETTINGS = (
+    # Strict: a value that does not fit is an error, never silently cut. No NO_BACKSLASH_ESCAPES: see sql.py.
+    "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'",
+    # Next-key locks of the default level make several masters' upserts deadlock.
+    "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
+)
+
+
+class _DriverConnection(aiomysql.Connection):  # type: ignore[misc] # aiomysql is untyped
+    """aiomysql's connection, that never goes on in the clear where TLS was asked for."""
+
+    async def _get_server_information(self) -> None:
+        await super()._get_server_information()
+        if self._ssl_context and not self.server_capabilities & CLIENT.SSL:
+            raise OperatorNeeded(
+                "mysql.ssl_* is set but the server offers no TLS; enable it there, or remove mysql.ssl_*"
+            )
+
+
+class Session:
+    """One logged-in connection. ``max_packet`` is the server's ``max_allowed_packet``, in bytes."""
+
+    def __init__(self, connection: aiomysql.Connection, host: str, statement_timeout: float) -> None:
+        self.host = host
+        self.server_version = ""
+        self.max_packet = 0
+        self.tls_cipher = ""
+        self.statement_timeout = statement_timeout
+        self._connection = connection
+        self._used_at = 0.0
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long nothing was said on the connection."""
+        return asyncio.get_running_loop().time() - self._used_at
+
+    @property
+    def usable(self) -> bool:
+        """Whether the connection is still there."""
+        return not self._connection.closed
+
+    async def execute(self, statement: bytes | str) -> int:
+        """Runs a statement that returns no rows; gives the number of affected ones.
+
+        Raises:
+            RowsRejected: the server refused a row, and the transaction goes on.
+            DatabaseError: anything else; the session is closed.
+        """
+        return int(await self._timed(self._run(statement)))
+
+    async def query(self, statement: bytes | str) -> list[tuple[Any, ...]]:
+        """Runs a statement that returns rows. Raises as :meth:`execute` does."""
+        rows: list[tuple[Any, ...]] = list(await self._timed(self._fetch(statement)))
+        return rows
+
+    async def ping(self) -> None:
+        """Asks whether the server is still there; a session that it closed is closed then."""
+        await self._timed(self._connection.ping(reconnect=False))
+
+    async def commit(self) -> None:
+        """Makes the transaction's changes last. After an error they may last or not."""
+        await self._timed(self._connection.commit())
+
+    async def rollback(self) -> None:
+        """Takes the transaction's changes back."""
+        await self._timed(self._connection.rollback())
+
+    def check_escapes(self) -> None:
+        """Makes sure, from the server's last answer, that the backslash still escapes.
+
+        Raises:
+            ServerUnavailable: something between us (a proxy) lost our sql_mode; the session is closed.
+        """
+        if self._connection.server_status & SERVER_STATUS.SERVER_STATUS_NO_BACKSLASH_ESCAPES:
+            self.close()
+            raise ServerUnavailable("the connection lost its sql_mode (NO_BACKSLASH_ESCAPES came on)")
+
+    def close(self) -> None:
+        """Ends the connection at once, without a word to the server."""
+        self._connection.close()
+
+    async def _run(self, statement: bytes | str) -> int:
+        async with self._connection.cursor() as cursor:
+            return int(await cursor.execute(statement))
+
+    async def _fetch(self, statement: bytes | str) -> Any:
+        async with self._connection.cursor() as cursor:
+            await cursor.execute(statement)
+            return await cursor.fetchall()
+
+    async def _timed(self, work: Awaitable[Result]) -> Result:
+        try:
+            result = await asyncio.wait_for(work, self.statement_timeout)
+        except asyncio.TimeoutError:
+            self.close()
+            raise ServerUnavailable(f"{self.host}: no answer within {self.statement_timeout:g} s") from None
+        except Exception as exc:
+            error = translate(exc, self.host)
+            if not isinstance(error, RowsRejected) or not self.usable:
+                self.close()
+            raise error from exc
+        except BaseException:  # cancelled: the connection is in the middle of something
+            self.close()
+            raise
+        self._used_at = asyncio.get_running_loop().time()
+        return result
+
+
+class Database:
+    """Opens sessions on the first host that takes one."""
+
+    def __init__(
+        self,
+        login: Callable[[], Awaitable[Connection]],
+        *,
+        connect_timeout: float,
+        statement_timeout: float,
+    ) -> None:
+        self.connect_timeout = connect_timeout
+        self.statement_timeout = statement_timeout
+        self._login = login
+
+    async def open(self) -> Session:
+        """A new session.
+
+        Raises:
+            DatabaseError: no host took us; the error of the last one, with those of the others.
+        """
+        try:
+            to = await self._login()
+            tls = _tls_context(to)
+        except SettingsError as exc:
+            raise OperatorNeeded(str(exc)) from exc
+        problems: list[DatabaseError] = []
+        for host in to.hosts[:1] if to.unix_socket else to.hosts:
+            try:
+                return await self._open(to, host, tls)
+            except DatabaseError as exc:
+                problems.append(exc)
+        # If any host needs a person, say that: waiting does not mend it.
+        worst = next((problem for problem in problems if isinstance(problem, OperatorNeeded)), problems[-1])
+        raise type(worst)("; ".join(dict.fromkeys(str(problem) for problem in problems))) from worst
+
+    async def _open(self, to: Connection, host: str, tls: ssl.SSLContext | None) -> Session:
+        name = to.unix_socket or f"{host}:{to.port}"
+        connection = _DriverConnection(
+            host=host,
+            port=to.port,
+            unix_socket=to.unix_socket,
+            user=to.user,
+            # aiomysql sends the password as latin-1; the server compares UTF-8.
+            password=to.password.encode().decode("latin-1"),
+            db=to.db,
+            charset="utf8mb4",
+            ssl=tls,
+            connect_timeout=self.connect_timeout,
+            program_name="salt_mysql_engine",
+        )
+        connection.client_flag &= ~CLIENT.MULTI_STATEMENTS
+        try:
+            # ping() connects; the documented connect() gives no chance to clear the flag above.
+            await asyncio.wait_for(connection.ping(reconnect=True), self.connect_timeout)
+        except asyncio.TimeoutError:
+            connection.close()
+            raise ServerUnavailable(f"{name}: no login within {self.connect_timeout:g} s") from None
+        except DatabaseError:
+            raise
+        except Exception as exc:  # a server that speaks something else makes the driver raise anything
+            connection.close()
+            raise translate(exc, name) from exc
+        session = Session(connection, name, self.statement_timeout)
+        for statement in _SESSION_SETTINGS:
+            await session.execute(statement)
+        ((session.server_version, comment, packet),) = await session.query(
+            "SELECT VERSION(), @@version_comment, @@max_allowed_packet"
+        )
+        session.server_version += f" ({comment})"
+        session.max_packet = int(packet)
+        if tls is not None:
+            ((_, session.tls_cipher),) = await session.query("SHOW SESSION STATUS LIKE 'Ssl_cipher'")
+        session.check_escapes()
+        await session.rollback()
+        return session
+
+
+def _tls_context(to: Connection) -> ssl.SSLContext | None:
+    if not to.tls:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=to.ssl_ca)
+        if not to.ssl_ca:
+            # As MySQL's own clients do without a CA: encrypted, but to whoever answers.
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if to.ssl_cert:
+            context.load_cert_chain(to.ssl_cert, to.ssl_key)
+    except OSError as exc:  # ssl.SSLError is one
+        raise SettingsError(f"mysql.ssl_*: the TLS files cannot be used: {exc}") from exc
+    return context
+
+
+def translate(exc: Exception, host: str) -> DatabaseError:
+    """The engine's error for a driver's: what it means, and what a person can do."""
+    number, text = (*exc.args, 0, "")[:2] if isinstance(exc, pymysql.MySQLError) else (0, str(exc))
+    if not isinstance(number, int):
+        number, text = 0, str(number)
+    tls = exc if isinstance(exc, ssl.SSLError) else exc.__cause__
+    if isinstance(tls, ssl.SSLError):
+        return OperatorNeeded(f"{host}: TLS failed: {tls}; check mysql.ssl_ca, mysql.ssl_cert and mysql.ssl_key")
+    message = f"{host}: {text} ({number})" if number else f"{host}: {text or type(exc).__name__}"
+    if number in _ROW_ERRORS:
+        return RowsRejected(message)
+    if number in _REMEDIES:
+        return OperatorNeeded(f"{message}; {_REMEDIES[number]}")
+    if number in _BUSY or CR.CR_ERROR_FIRST <= number <= CR.CR_ERROR_LAST:
+        return ServerUnavailable(f"{message}{_because(exc)}")
+    if isinstance(exc, RuntimeError) and "cryptography" in text:
+        return OperatorNeeded(message)
+    if not number:  # not the server's word: a broken connection, or one that talks nonsense
+        return ServerUnavailable(f"{message}{_because(exc)}")
+    # Unknown: not the rows' fault as far as we can tell, so nothing is given up.
+    return OperatorNeeded(f"{message}; look this number up in the server's error reference")
+
+
+def _because(exc: BaseException) -> str:
+    cause = exc.__cause__
+    return f": {cause or type(cause).__name__}" if cause is not None else ""

@@ -1,0 +1,66 @@
+"""Every error that the engine raises: the docstring is the message, the verdict is what to do about it.
+
+Driver exceptions stop at ``database.py``; nothing above it knows aiomysql.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Verdict(enum.Enum):
+    """What the writer does with a batch whose statement failed."""
+
+    RETRY = "retry"
+    """The server is away, busy or chose us as a victim: the same batch again, after a back-off."""
+
+    OPERATOR = "operator"
+    """A person must act (password, privilege, missing table): keep everything, say so, try slowly."""
+
+    SPLIT = "split"
+    """The server is healthy and refused some row: halve the batch until that row stands alone."""
+
+
+class EngineError(Exception):
+    """The engine could not do what was asked."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (self.__doc__ or "").strip())
+
+
+class SettingsError(EngineError):
+    """An option is unknown or out of its bounds."""
+
+
+class JournalError(EngineError):
+    """The journal could not be opened."""
+
+
+class GarbageError(EngineError):
+    """The bytes on the event bus are not frames of any Salt that we know."""
+
+
+class ControlError(EngineError):
+    """The engine did not answer on its control socket."""
+
+
+class DatabaseError(EngineError):
+    """The database did not take what was sent."""
+
+    verdict = Verdict.RETRY
+
+
+class ServerUnavailable(DatabaseError):
+    """The database server cannot take the batch now."""
+
+
+class OperatorNeeded(DatabaseError):
+    """The database server refuses us until someone changes something."""
+
+    verdict = Verdict.OPERATOR
+
+
+class RowsRejected(DatabaseError):
+    """The database server refuses at least one row of the batch."""
+
+    verdict = Verdict.SPLIT

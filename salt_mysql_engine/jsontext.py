@@ -1,0 +1,168 @@
+"""Any value that a minion can send, as JSON text that every MySQL and MariaDB JSON function accepts.
+
+Ordinary values become byte for byte what Salt's own returners store (``salt.utils.json.dumps``:
+UTF-8 text, ``", "`` and ``": "`` between items), so queries that people have keep working. What JSON
+or the servers cannot hold has one form each:
+
+=====================================  ============================================================
+value                                  form
+=====================================  ============================================================
+bytes that are UTF-8                   the text
+other bytes                            ``{"__base64__": "..."}`` (as a key: the base64 text)
+datetime, date, time                   ISO 8601 text
+NaN, Infinity, -Infinity               the texts ``"NaN"``, ``"Infinity"``, ``"-Infinity"``
+integers beyond 64 bits                the digits as text
+lone surrogates in text                ``\\udXXX`` spelled out, as Python's ``backslashreplace`` does
+keys that are not text                 as ``json.dumps`` spells them (``1``, ``true``, ``null``)
+containers nested deeper than 28       the JSON of the deeper part, as one text
+sets, tuples                           lists
+anything else                          its ``str()``
+=====================================  ============================================================
+
+Source of the depth: MariaDB 10.11 refuses JSON deeper than 32 (ER_JSON_DEPTH_LIMIT), MySQL 8 deeper
+than 100 (ER_JSON_DOCUMENT_TOO_DEEP); a return stands one level down in ``full_ret``, and
+multi-function returns and runners add one or two.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+import math
+from typing import Any
+
+MAX_DEPTH = 28
+
+_INT64_MIN = -(2**63)
+_UINT64_MAX = 2**64 - 1
+
+# Built once: json.dumps() with any option makes a new encoder for every call.
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def dumps(value: Any) -> str:
+    """The JSON text of ``value``; never raises, always encodable as UTF-8."""
+    try:
+        text = _encode(value)
+        text.encode()
+    except (TypeError, ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
+        return _encode(_plain(value, MAX_DEPTH))
+    # Only text with that many brackets can nest too deep: most returns never pay for the check.
+    if text.count("{") + text.count("[") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+        return _encode(_plain(value, MAX_DEPTH))
+    return text
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    """Whether containers nest deeper than ``limit``; level by level, so that it is quick for wide trees."""
+    level = [value] if isinstance(value, (dict, list, tuple)) else []
+    while level:
+        if limit == 0:
+            return True
+        limit -= 1
+        level = [
+            child
+            for container in level
+            for child in (container.values() if isinstance(container, dict) else container)
+            if isinstance(child, (dict, list, tuple))
+        ]
+    return False
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """``value`` in JSON's own types, with ``depth`` levels of containers at most."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, int):
+        return value if _INT64_MIN <= value <= _UINT64_MAX else _digits(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else _nonfinite(value)
+    if isinstance(value, (bytes, bytearray)):
+        text = _bytes_text(value)
+        return {"__base64__": base64.b64encode(value).decode()} if text is None else text
+    if isinstance(value, (dict, list, tuple, set, frozenset)):
+        if depth == 0:
+            return _deep_text(value)
+        if isinstance(value, dict):
+            return {_key(key): _plain(item, depth - 1) for key, item in value.items()}
+        return [_plain(item, depth - 1) for item in value]
+    return _scalar(value)
+
+
+class _Piece(str):
+    """JSON text that is already written."""
+
+
+def _deep_text(value: Any) -> str:
+    """The JSON of a part of any depth; by a stack of its own, since Python's has a bottom."""
+    written: list[str] = []
+    stack: list[Any] = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, _Piece):
+            written.append(item)
+        elif isinstance(item, dict):
+            stack.append(_Piece("}"))
+            for n, (key, child) in reversed(list(enumerate(item.items()))):
+                stack += (child, _Piece(", " * bool(n) + _encode(_key(key)) + ": "))
+            stack.append(_Piece("{"))
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            stack.append(_Piece("]"))
+            for n, child in reversed(list(enumerate(item))):
+                stack += (child, _Piece(", " * bool(n)))
+            stack.append(_Piece("["))
+        else:
+            written.append(_encode(_plain(item, 1)))
+    return "".join(written)
+
+
+def _key(key: Any) -> str:
+    if isinstance(key, str):
+        return _text(key)
+    if isinstance(key, (bytes, bytearray)):
+        text = _bytes_text(key)
+        return base64.b64encode(key).decode() if text is None else text
+    if key is None or isinstance(key, bool):
+        return "null" if key is None else str(key).lower()
+    if isinstance(key, int):
+        return _digits(key)
+    if isinstance(key, float):
+        return float.__repr__(key) if math.isfinite(key) else _nonfinite(key)
+    return _scalar(key)
+
+
+def _text(value: str) -> str:
+    # Reassembled first: a surrogate pair is one character that some encoder took apart.
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        whole = value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        return whole.encode("utf-8", "backslashreplace").decode()
+    return str(value)
+
+
+def _bytes_text(value: bytes | bytearray) -> str | None:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _digits(value: int) -> str:
+    try:
+        return int.__repr__(value)
+    except ValueError:  # more digits than sys.int_info lets into text
+        return hex(value)
+
+
+def _nonfinite(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    return _text(str(value))

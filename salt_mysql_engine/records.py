@@ -1,0 +1,423 @@
+"""From an event's bytes to rows: validation, normalising, JSON. Pure functions: no I/O, no clock.
+
+An event is ``tag + b"\\n\\n" + msgpack(data)`` (``SaltEvent.pack``, salt/utils/event.py 3006-3008). Both
+parts come from strangers: any accepted minion can put any tag and payload on the master's bus, so a
+row is made only when tag and payload agree on jid and id and every type is right. What a minion sent
+with ``event.send`` carries ``cmd: _minion_event`` and is never a return.
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import msgpack
+
+from . import jsontext
+from .settings import Settings
+
+SEPARATOR = b"\n\n"
+"""Between tag and payload (``TAGEND``, salt/utils/event.py)."""
+
+MAX_TAG_BYTES = 1024
+MAX_FUN_CHARACTERS = 255
+"""Width of ``salt_returns.fun``; a longer list of functions is cut, and is whole in ``full_ret``."""
+
+_JID = re.compile(r"\d{20}(_\d+)?", re.ASCII)
+"""salt/utils/jid.py 3008.3: 20 digits of UTC, and ``_`` + pid with ``unique_jid``."""
+
+_STAMP = re.compile(r"20[0-3]\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(\+00:00)?", re.ASCII)
+_EXT_DATETIME, _EXT_CONSTANT = 78, 79  # salt/payload.py 3008.3
+
+
+class Ignored(str, enum.Enum):
+    """Why a captured event is no row."""
+
+    UNDECODABLE = "undecodable"
+    MINION_EVENT = "minion_event"
+    TAG_MISMATCH = "tag_mismatch"
+    BAD_JID = "bad_jid"
+    NOCACHE = "nocache"
+    MISSING_KEY = "missing_key"
+    WRONG_TYPE = "wrong_type"
+    SKIPPED_FUNCTION = "skipped_function"
+    PEER = "peer"
+    SWITCHED_OFF = "switched_off"
+
+
+class Kind(enum.Enum):
+    """What a tag says that the event is."""
+
+    JOB_NEW = "job new"
+    JOB_RETURN = "job return"
+    RUNNER_NEW = "runner new"
+    RUNNER_RETURN = "runner return"
+    WHEEL_NEW = "wheel new"
+    WHEEL_RETURN = "wheel return"
+
+
+class Tag(NamedTuple):
+    """A tag that names a job: its kind, jid and minion id (``""`` but for a job's return)."""
+
+    kind: Kind
+    jid: str
+    minion: str
+
+
+class Load(NamedTuple):
+    """A row of ``jids`` before it meets the one that may stand there."""
+
+    jid: str
+    load: dict[str, Any]
+
+
+class Return(NamedTuple):
+    """A row of ``salt_returns``; ``altered`` is UTC, ``YYYY-MM-DD HH:MM:SS.ffffff``.
+
+    ``data`` is what :func:`synthesised_load` makes a ``jids`` row of, when no better one is known.
+    """
+
+    jid: str
+    id: str
+    fun: str
+    return_json: str
+    full_ret_json: str
+    success: bool
+    altered: str
+    data: dict[str, Any]
+
+
+class Event(NamedTuple):
+    """A row of ``salt_events``."""
+
+    tag: str
+    data_json: str
+    altered: str
+
+
+class Record(NamedTuple):
+    """The rows of one event: any of them may be missing, not all."""
+
+    load: Load | None = None
+    ret: Return | None = None
+    event: Event | None = None
+
+
+class Selection:
+    """What the settings ask for, ready for use on every event.
+
+    ``peers`` are the ids of the master's cluster peers, ``None`` without a cluster: then a
+    ``__peer_id`` in a payload means nothing, since any minion can write it.
+    """
+
+    def __init__(self, settings: Settings, *, master_id: str, peers: Iterable[str] | None = None) -> None:
+        self.master_id = master_id
+        self.peers = None if peers is None else frozenset(peers)
+        self._runner_jobs = settings.runner_jobs
+        self._wheel_jobs = settings.wheel_jobs
+        self._skip = _any_glob(settings.skip_functions)
+        self._events = _any_glob(settings.events)
+
+    def wants_event(self, tag: str) -> bool:
+        """Whether ``salt_events`` gets this event."""
+        return self._events is not None and self._events.match(tag) is not None
+
+    def wants_job(self, tag: Tag) -> bool:
+        """Whether the job tables get this event."""
+        if tag.kind in (Kind.RUNNER_NEW, Kind.RUNNER_RETURN):
+            return self._runner_jobs
+        if tag.kind in (Kind.WHEEL_NEW, Kind.WHEEL_RETURN):
+            return self._wheel_jobs
+        return True
+
+    def skips(self, fun: str | list[str]) -> bool:
+        """Whether a job of this function (of all of these) is not stored."""
+        if self._skip is None:
+            return False
+        funs = [fun] if isinstance(fun, str) else fun
+        return bool(funs) and all(self._skip.match(name) for name in funs)
+
+
+def parse_tag(tag: str) -> Tag | None:
+    """What a tag says; ``None`` for one that no job table is interested in.
+
+    ``salt/job/<jid>/new``, ``salt/job/<jid>/ret/<id>``, ``salt/run/<jid>/new|ret``,
+    ``salt/wheel/<jid>/new|ret``.
+    """
+    parts = tag.split("/")
+    if parts[0] != "salt" or not 4 <= len(parts) <= 5:
+        return None
+    if len(parts) == 5:
+        if parts[1] == "job" and parts[3] == "ret":
+            return Tag(Kind.JOB_RETURN, parts[2], parts[4])
+        return None
+    kind = _FOUR_PARTS.get((parts[1], parts[3]))
+    return None if kind is None else Tag(kind, parts[2], "")
+
+
+_FOUR_PARTS = {
+    ("job", "new"): Kind.JOB_NEW,
+    ("run", "new"): Kind.RUNNER_NEW,
+    ("run", "ret"): Kind.RUNNER_RETURN,
+    ("wheel", "new"): Kind.WHEEL_NEW,
+    ("wheel", "ret"): Kind.WHEEL_RETURN,
+}
+
+
+def interpret(body: bytes, captured_at: float, selection: Selection) -> Record | Ignored:
+    """The rows that an event becomes, or why it becomes none.
+
+    ``captured_at`` (seconds since the epoch) is the row's time when the event has no ``_stamp``.
+    """
+    raw_tag, _, payload = body.partition(SEPARATOR)
+    try:
+        tag = raw_tag.decode()
+        data = msgpack.unpackb(payload, strict_map_key=False, unicode_errors="surrogateescape", ext_hook=_extension)
+    except (ValueError, RecursionError):  # every msgpack error is a ValueError, UnicodeDecodeError too
+        return Ignored.UNDECODABLE
+    if not isinstance(data, dict):
+        return Ignored.UNDECODABLE
+    altered = _altered(data.get("_stamp"), captured_at)
+    event = Event(tag, jsontext.dumps(data), altered) if selection.wants_event(tag) else None
+    job = _job_rows(parse_tag(tag), data, altered, selection)
+    if isinstance(job, Record):
+        return job if event is None else job._replace(event=event)
+    return job if event is None else Record(event=event)
+
+
+def _job_rows(tag: Tag | None, data: dict[str, Any], altered: str, selection: Selection) -> Record | Ignored:
+    if tag is None or not selection.wants_job(tag):
+        return Ignored.SWITCHED_OFF
+    if data.get("cmd") == "_minion_event":
+        return Ignored.MINION_EVENT
+    if tag.jid == "nocache":
+        return Ignored.NOCACHE
+    if not _JID.fullmatch(tag.jid):
+        return Ignored.BAD_JID
+    if data.get("jid") != tag.jid:
+        return Ignored.TAG_MISMATCH
+    if selection.peers is not None and data.get("__peer_id") in selection.peers:
+        return Ignored.PEER
+    if not _is_function(data.get("fun", "")):
+        return Ignored.WRONG_TYPE
+    if selection.skips(data.get("fun", "")):
+        return Ignored.SKIPPED_FUNCTION
+    if tag.kind is Kind.JOB_NEW:
+        return _published_load(tag, data)
+    if tag.kind is Kind.JOB_RETURN:
+        return _minion_return(tag, data, altered)
+    if tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
+        return _master_load(tag, data, selection.master_id)
+    return _master_return(tag, data, altered, selection.master_id)
+
+
+def _published_load(tag: Tag, data: dict[str, Any]) -> Record | Ignored:
+    if not data.keys() >= {"tgt", "fun", "arg", "minions"}:
+        return Ignored.MISSING_KEY
+    minions, missing = data["minions"], data.get("missing", [])
+    if not _is_texts(minions) or not _is_texts(missing) or not isinstance(data["tgt"], (str, list)):
+        return Ignored.WRONG_TYPE
+    load = {
+        "jid": tag.jid,
+        "tgt": data["tgt"],
+        "tgt_type": data.get("tgt_type", "glob"),
+        "fun": data["fun"],
+        "arg": data["arg"],
+        "user": data.get("user", ""),
+        "Minions": minions,
+        "missing": missing,
+    }
+    return Record(load=Load(tag.jid, load))
+
+
+def _minion_return(tag: Tag, data: dict[str, Any], altered: str) -> Record | Ignored:
+    if data.get("id") != tag.minion or not tag.minion:
+        return Ignored.TAG_MISMATCH
+    if "return" not in data:
+        return Ignored.MISSING_KEY
+    success = _success(data)
+    retcode = data.get("retcode", 0 if success else 1)
+    return_json = jsontext.dumps(data["return"])
+    full_ret = dict(data)  # what is added goes last, after what saltext.mysql would store
+    for key, value in (("fun_args", []), ("success", success), ("retcode", retcode)):
+        full_ret.setdefault(key, value)
+    return Record(
+        ret=Return(
+            tag.jid,
+            tag.minion,
+            _fun_text(data.get("fun", "")),
+            return_json,
+            _dumps_around("return", return_json, full_ret),
+            success,
+            altered,
+            data,
+        )
+    )
+
+
+def _master_load(tag: Tag, data: dict[str, Any], master_id: str) -> Record | Ignored:
+    if "fun" not in data:
+        return Ignored.MISSING_KEY
+    return Record(load=Load(tag.jid, _master_job(tag, data, master_id)))
+
+
+def _master_job(tag: Tag, data: Mapping[str, Any], master_id: str) -> dict[str, Any]:
+    return {
+        "jid": tag.jid,
+        "id": master_id,
+        "tgt": master_id,
+        "tgt_type": "glob",
+        "fun": data["fun"],
+        "arg": data.get("fun_args", []),
+        "user": data.get("user", ""),
+    }
+
+
+def _master_return(tag: Tag, data: dict[str, Any], altered: str, master_id: str) -> Record | Ignored:
+    """A runner's or wheel's return: ``return`` is the whole of ``data``, as the master's cache has it."""
+    if not data.keys() >= {"fun", "return"}:
+        return Ignored.MISSING_KEY
+    success = _success(data)
+    return_json = jsontext.dumps(data)
+    full_ret = {
+        "id": master_id,
+        "tgt": master_id,
+        "jid": tag.jid,
+        "return": None,
+        "fun": data["fun"],
+        "user": data.get("user", ""),
+        "fun_args": data.get("fun_args", []),
+        "success": success,
+        "retcode": data.get("retcode", 0 if success else 1),
+    }
+    return Record(
+        ret=Return(
+            tag.jid,
+            master_id,
+            _fun_text(data["fun"]),
+            return_json,
+            _dumps_around("return", return_json, full_ret),
+            success,
+            altered,
+            _master_job(tag, data, master_id),
+        )
+    )
+
+
+def synthesised_load(ret: Return) -> dict[str, Any]:
+    """The ``jids`` row of a job whose ``/new`` was never seen: salt-call, schedules, salt-ssh, syndics.
+
+    Everything that the return says but its value, and a target, as the master itself would add for a
+    jid of ``req`` (salt/utils/job.py 3008.3).
+    """
+    load = {key: value for key, value in ret.data.items() if key != "return"}
+    load.setdefault("arg", load.get("fun_args", []))
+    load.setdefault("tgt", ret.id)
+    load.setdefault("tgt_type", "glob")
+    return load
+
+
+def is_published(load: Mapping[str, Any]) -> bool:
+    """Whether a stored load came from the publish itself, ours or saltext.mysql's."""
+    return "Minions" in load or load.get("cmd") == "publish"
+
+
+def merged_load(stored: Any, new: dict[str, Any]) -> dict[str, Any]:
+    """What ``jids`` should hold once ``new``, a published load, arrives and ``stored`` stands there.
+
+    A published load beats a synthesised one. Two published loads are one job's parts (3008 publishes
+    a batch job once per sub-batch under one jid): their minions add up. Merging again changes nothing.
+    """
+    if not isinstance(stored, dict) or not is_published(stored):
+        return new
+    merged = {**new, **stored}
+    for key in ("Minions", "missing"):
+        if isinstance(new.get(key), list):
+            merged[key] = _union(stored.get(key), new[key])
+    if isinstance(stored.get("tgt"), list) and isinstance(new.get("tgt"), list):
+        merged["tgt"] = _union(stored["tgt"], new["tgt"])
+    return merged
+
+
+def _union(first: Any, second: list[Any]) -> list[Any]:
+    known: list[Any] = first if isinstance(first, list) else []
+    have = {str(item) for item in known}
+    return known + [item for item in second if str(item) not in have]
+
+
+def _success(data: Mapping[str, Any]) -> bool:
+    """``success`` as given; where it is missing (salt-call), what ``retcode`` says.
+
+    Multi-function jobs give a dict by function or a list for either.
+    """
+    for key, is_good in (("success", bool), ("retcode", _is_zero)):
+        value = data.get(key)
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list) and value:
+            return all(is_good(item) for item in value)
+        if isinstance(value, (bool, int)):
+            return is_good(value)
+    return True
+
+
+def _is_zero(retcode: Any) -> bool:
+    return bool(retcode == 0)
+
+
+def _dumps_around(key: str, value_json: str, data: dict[str, Any]) -> str:
+    """The JSON of ``data`` whose ``key`` is already JSON: a highstate is then serialised once, not twice."""
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    part = before
+    for name, value in data.items():
+        if name == key:
+            part = after
+        else:
+            part[name] = value
+    start = jsontext.dumps(before)[:-1] + ", " if before else "{"
+    end = ", " + jsontext.dumps(after)[1:] if after else "}"
+    return f'{start}"{key}": {value_json}{end}'
+
+
+def _is_function(fun: Any) -> bool:
+    return isinstance(fun, str) or _is_texts(fun)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _fun_text(fun: str | list[str]) -> str:
+    text = fun if isinstance(fun, str) else ",".join(fun)
+    return text.encode("utf-8", "backslashreplace").decode()[:MAX_FUN_CHARACTERS]
+
+
+def _altered(stamp: Any, captured_at: float) -> str:
+    """When the master saw the event: its ``_stamp`` (UTC; aware on 3008), else when we did."""
+    if isinstance(stamp, str) and _STAMP.fullmatch(stamp):
+        try:
+            moment = datetime.datetime.fromisoformat(stamp)
+        except ValueError:  # the 31st of February
+            pass
+        else:
+            if moment.year < 2038:  # the end of MySQL's TIMESTAMP
+                return stamp[:10] + " " + stamp[11:26].removesuffix("+00:00")
+    return datetime.datetime.fromtimestamp(captured_at, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def _extension(code: int, data: bytes) -> Any:
+    """Salt's own msgpack extension types (salt/payload.py 3008.3)."""
+    if code == _EXT_DATETIME:
+        return datetime.datetime.strptime(data.decode(), "%Y%m%dT%H:%M:%S.%f")  # noqa: DTZ007 (naive, as sent)
+    if code == _EXT_CONSTANT:
+        return str(msgpack.unpackb(data)[1])
+    return msgpack.ExtType(code, data)
+
+
+def _any_glob(globs: list[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(fnmatch.translate(glob) for glob in globs)) if globs else None

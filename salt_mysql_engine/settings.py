@@ -1,0 +1,291 @@
+"""Every option of the engine, once: name, type, default, bounds, meaning.
+
+The reference page (``docs/options.md``) is generated from this table by ``python -m
+salt_mysql_engine.settings``. Two sources are laid over the defaults: the engine's block in the
+master config, then the pillar of the master's own id. What is wrong in the master config is logged
+and its default is used; a pillar is taken whole or not at all, so that a typing error leaves the last
+good settings in effect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import SettingsError
+
+PILLAR_KEY = "mysql_jobcache"
+
+
+class Source(str, enum.Enum):
+    """Where a setting in effect came from."""
+
+    DEFAULT = "default"
+    MASTER_CONFIG = "master config"
+    PILLAR = "pillar"
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option: a default, what it must be, and what it is for (``doc``, one paragraph)."""
+
+    default: Any
+    doc: str
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+    unit: str = ""
+
+    @property
+    def bounds(self) -> str:
+        """The values that are allowed, for people."""
+        if self.choices:
+            return " or ".join(self.choices)
+        if isinstance(self.default, bool):
+            return "true or false"
+        if isinstance(self.default, list):
+            return "a list of texts"
+        kind = "a whole number" if isinstance(self.default, int) else "a number"
+        return f"{kind} from {self.minimum:,} to {self.maximum:,}{' ' * bool(self.unit)}{self.unit}"
+
+    def parse(self, name: str, value: Any) -> Any:
+        """The value in the option's own type.
+
+        Raises:
+            SettingsError: naming the option, what was given and what is allowed.
+        """
+        wrong = SettingsError(f"{name}: {value!r} is not allowed; it must be {self.bounds}")
+        if self.choices:
+            if value not in self.choices:
+                raise wrong
+            return value
+        if isinstance(self.default, bool):
+            if not isinstance(value, bool):
+                raise wrong
+            return value
+        if isinstance(self.default, list):
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+                raise wrong
+            return list(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise wrong
+        if isinstance(self.default, int) and value != int(value):
+            raise wrong
+        assert self.minimum is not None
+        assert self.maximum is not None
+        if not self.minimum <= value <= self.maximum:
+            raise wrong
+        return type(self.default)(value)
+
+
+OPTIONS: dict[str, Option] = {
+    "batch_size": Option(500, "Rows in a batch: so many pending rows are written at once.", 1, 50_000, unit="rows"),
+    "batch_bytes": Option(
+        4 * 1024 * 1024,
+        "SQL text in a batch: a batch never holds more, but for a single row that is larger. Statements "
+        "are also kept under the server's max_allowed_packet.",
+        16 * 1024,
+        256 * 1024 * 1024,
+        unit="bytes",
+    ),
+    "flush_interval": Option(
+        1.0,
+        "How long the oldest pending row may wait for its batch to fill. A timer ends the wait, not the next event.",
+        0.01,
+        300.0,
+        unit="seconds",
+    ),
+    "connect_timeout": Option(5.0, "Time for connecting and logging in to one host.", 0.1, 300.0, unit="seconds"),
+    "statement_timeout": Option(
+        30.0,
+        "Time for one statement or COMMIT; after it the connection is given up and the batch is tried again.",
+        0.1,
+        3600.0,
+        unit="seconds",
+    ),
+    "schema": Option(
+        "create",
+        "create: create the tables that are missing. check: touch nothing, and say what is missing.",
+        choices=("create", "check"),
+    ),
+    "runner_jobs": Option(True, "Store runner jobs (orchestration too), under the master's id."),
+    "wheel_jobs": Option(True, "Store wheel jobs, under the master's id."),
+    "skip_functions": Option(
+        ["saltutil.find_job"],
+        "Functions whose jobs and returns are not stored, as globs. The default is what the master asks by "
+        "itself while a command waits; an empty list stores that too.",
+    ),
+    "events": Option(
+        [],
+        "Tags of events to store in salt_events, as globs, beside the job tables: what event_return would store.",
+    ),
+    "pillar_refresh_seconds": Option(
+        60.0,
+        "How often the master's own pillar is compiled for these options.",
+        1.0,
+        86_400.0,
+        unit="seconds",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings in effect. Fields are the options of the table above, units as there."""
+
+    batch_size: int
+    batch_bytes: int
+    flush_interval: float
+    connect_timeout: float
+    statement_timeout: float
+    schema: str
+    runner_jobs: bool
+    wheel_jobs: bool
+    skip_functions: list[str]
+    events: list[str]
+    pillar_refresh_seconds: float
+    sources: Mapping[str, Source]
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """Each setting's value and where it came from, for ``status``."""
+        return {name: {"value": getattr(self, name), "source": self.sources[name].value} for name in OPTIONS}
+
+
+def parse(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """One source's options, checked: the good values, and a sentence for each that is not.
+
+    An unknown name is answered with the nearest known one.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in options.items():
+        if name not in OPTIONS:
+            problems.append(_unknown(str(name)))
+            continue
+        try:
+            values[name] = OPTIONS[name].parse(name, value)
+        except SettingsError as exc:
+            problems.append(str(exc))
+    return values, problems
+
+
+def combine(master_config: Mapping[str, Any], pillar: Mapping[str, Any]) -> Settings:
+    """Settings from two sources that :func:`parse` has checked; the pillar wins."""
+    values = {name: option.default for name, option in OPTIONS.items()}
+    sources = dict.fromkeys(OPTIONS, Source.DEFAULT)
+    for source, given in ((Source.MASTER_CONFIG, master_config), (Source.PILLAR, pillar)):
+        values.update(given)
+        sources.update(dict.fromkeys(given, source))
+    return Settings(**values, sources=sources)
+
+
+def _unknown(name: str) -> str:
+    if name.startswith("mysql.") or name in _CONNECTION:
+        return f"{name}: the connection is set by mysql.* in the master config, not here"
+    near = difflib.get_close_matches(name, OPTIONS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(OPTIONS)}"
+    return f"{name}: no such option; {hint}"
+
+
+_CONNECTION = (
+    "host",
+    "port",
+    "user",
+    "pass",
+    "passwd",
+    "password",
+    "db",
+    "unix_socket",
+    "ssl_ca",
+    "ssl_cert",
+    "ssl_key",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Connection:
+    """Where and as whom to log in: ``mysql.*`` of the master config."""
+
+    hosts: tuple[str, ...] = ("salt",)
+    port: int = 3306
+    user: str = "salt"
+    password: str = dataclasses.field(default="salt", repr=False)
+    db: str = "salt"
+    unix_socket: str | None = None
+    ssl_ca: str | None = None
+    ssl_cert: str | None = None
+    ssl_key: str | None = None
+
+    @property
+    def tls(self) -> bool:
+        """Whether the connection must be encrypted: any ``ssl_*`` is given."""
+        return bool(self.ssl_ca or self.ssl_cert or self.ssl_key)
+
+    @classmethod
+    def from_opts(cls, opts: Mapping[str, Any]) -> Connection:
+        """Reads ``mysql.host`` or ``mysql: {host:}``, with the defaults of saltext.mysql 1.1.0.
+
+        The flat form wins, as in ``config.option``. ``None`` and the text ``none`` mean unset, as there.
+
+        Raises:
+            SettingsError: naming the option that cannot be used.
+        """
+        nested = opts.get("mysql")
+        nested = nested if isinstance(nested, Mapping) else {}
+
+        def get(*names: str) -> Any:
+            for name in names:
+                value = opts.get(f"mysql.{name}", nested.get(name))
+                if value is not None and str(value).lower() != "none":
+                    return value
+            return None
+
+        given: dict[str, Any] = {}
+        hosts = get("host")
+        if hosts is not None:
+            given["hosts"] = (hosts,) if isinstance(hosts, str) else tuple(hosts)
+            if not given["hosts"] or not all(isinstance(host, str) and host for host in given["hosts"]):
+                raise SettingsError(f"mysql.host: {hosts!r} must be a host name or a list of them")
+        port = get("port")
+        if port is not None:
+            if not str(port).isdecimal() or not 0 < int(port) < 65536:
+                raise SettingsError(f"mysql.port: {port!r} must be a whole number from 1 to 65535")
+            given["port"] = int(port)
+        for field, names in (
+            ("user", ("user",)),
+            ("password", ("pass", "passwd", "password")),
+            ("db", ("db",)),
+            ("unix_socket", ("unix_socket",)),
+            ("ssl_ca", ("ssl_ca",)),
+            ("ssl_cert", ("ssl_cert",)),
+            ("ssl_key", ("ssl_key",)),
+        ):
+            value = get(*names)
+            if value is not None:
+                given[field] = str(value)
+        return cls(**given)
+
+
+def reference() -> str:
+    """The options as a Markdown page."""
+    lines = [
+        "# Options",
+        "",
+        "Generated from `salt_mysql_engine/settings.py` by `python -m salt_mysql_engine.settings > docs/options.md`.",
+        "",
+        "Each can stand under the engine in the master config, or under `mysql_jobcache` in the pillar of the",
+        "master's own id; the pillar wins, and takes effect while the engine runs.",
+        "",
+        "| option | default | allowed | meaning |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, option in OPTIONS.items():
+        lines.append(f"| `{name}` | `{option.default}` | {option.bounds} | {option.doc} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")  # noqa: T201 (this is the page's generator)

@@ -1,0 +1,376 @@
+"""The writer: takes batches out of the journal and puts them into MySQL, each in one transaction.
+
+Promise
+    A batch leaves the journal only after its COMMIT was confirmed. Everything it writes may be
+    written again and changes nothing then: a COMMIT whose answer was lost, a ``kill -9`` between
+    COMMIT and the journal's delete, and a replay are all the same case.
+
+One transaction writes ``jids``, then ``salt_returns``, then ``salt_events``, rows in the order of their
+keys, so that two masters on one database wait for each other instead of deadlocking.
+
+What an error does is its verdict. RETRY: the same batch again, after full-jitter back-off from 0.5 s
+doubling to 30 s. OPERATOR: the same, from 5 s on, with the remedy in the log. SPLIT: the batch is
+halved until the refused row stands alone and becomes a dead letter; that happens only on the server's
+own word about a row, never because it is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import hashlib
+import json
+import logging
+import random
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from . import jsontext, records, schema, sql
+from .batcher import Batcher, Limits
+from .capture import InJournal
+from .database import Database, Session
+from .errors import DatabaseError, OperatorNeeded, RowsRejected, Verdict
+from .journal import Entry, Journal, Settlement
+from .records import Return
+
+log = logging.getLogger(__name__)
+
+_BACKOFF_FIRST = {Verdict.RETRY: 0.5, Verdict.OPERATOR: 5.0}
+_BACKOFF_MAX = 30.0  # seconds
+_SAY_AGAIN_SECONDS = 60.0
+_PING_AFTER_SECONDS = 30.0
+
+
+class Item(NamedTuple):
+    """An event in a batch: its rows as SQL, or the reason why it has none."""
+
+    seq: int
+    captured_at: float
+    outcome: records.Record | records.Ignored | None
+    return_row: bytes = b""
+    event_row: bytes = b""
+    error: str = ""
+    """Why there is no outcome: a fault of ours, which makes the event a dead letter."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of SQL."""
+        return len(self.return_row) + len(self.event_row)
+
+
+class Fault(NamedTuple):
+    """The last error: when (seconds since the epoch) and what."""
+
+    at: float
+    message: str
+
+
+class Writer:
+    """The only one who talks to the server about rows."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        in_journal: InJournal,
+        database: Database,
+        selection: records.Selection,
+        limits: Limits,
+    ) -> None:
+        self.selection = selection
+        self.batcher: Batcher[Item] = Batcher(limits)
+        self.create_tables = True
+        self.store_events = False
+        self.tables_known = False
+        """Whether the tables were looked at, on this connection and with these settings."""
+        self.fault: Fault | None = None
+        self.failing = False
+        self.batches: collections.Counter[str] = collections.Counter()
+        self.retries = 0
+        self.conflicts = 0
+        self.lags: collections.deque[float] = collections.deque(maxlen=10_000)
+        """Seconds from capture to COMMIT of the newest rows."""
+        self.server_version = ""
+        self.server_host = ""
+        self._journal = journal
+        self._in_journal = in_journal
+        self._database = database
+        self._session: Session | None = None
+        self._cursor = 0
+        self._news = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._said = Fault(0.0, "")
+        self._settled: asyncio.Event = asyncio.Event()
+
+    def wake(self) -> None:
+        """There are new events in the journal, or new limits."""
+        self._news.set()
+
+    async def flush(self) -> None:
+        """Returns when everything that the journal holds now has been settled. Cancel it to give up."""
+        last = await self._in_journal(self._journal.newest_seq)
+        self._hurry.set()
+        self._news.set()
+        while True:
+            self._settled.clear()
+            oldest = await self._in_journal(self._journal.oldest_seq)
+            if oldest is None or oldest > last:
+                return
+            await self._settled.wait()
+
+    async def run(self) -> None:
+        """Ships batches until cancelled."""
+        try:
+            while True:
+                batch = await self._next_batch()
+                await self._deliver(batch)
+                self._settled.set()
+        finally:
+            if self._session is not None:
+                self._session.close()
+
+    async def _next_batch(self) -> list[Item]:
+        """Fills the batcher from the journal until a batch is due."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._news.clear()
+            room = self.batcher.room
+            if room.batch_size > 0 and room.batch_bytes > 0:
+                entries = await self._in_journal(
+                    lambda room=room: self._journal.read(
+                        after=self._cursor, rows=room.batch_size, max_bytes=room.batch_bytes
+                    )
+                )
+                self._take_in(entries, loop.time())
+                caught_up = (
+                    len(entries) < room.batch_size and sum(len(entry.body) for entry in entries) < room.batch_bytes
+                )
+            else:
+                caught_up = False
+            reason = self.batcher.due(loop.time(), asked=self._hurry.is_set())
+            if reason is not None:
+                self.batches[reason.value] += 1
+                return self.batcher.take()
+            if caught_up:
+                self._hurry.clear()
+                await self._wait(self.batcher.deadline)
+
+    async def _wait(self, deadline: float | None) -> None:
+        """Until there is news or the deadline comes: one wake-up and one timer, no polling."""
+        if deadline is None:
+            await self._news.wait()
+            return
+        handle = asyncio.get_running_loop().call_at(deadline, self._news.set)
+        try:
+            await self._news.wait()
+        finally:
+            handle.cancel()
+
+    def _take_in(self, entries: list[Entry], now: float) -> None:
+        wall = time.time()
+        for entry in entries:
+            item = self._item(entry)
+            # The journal keeps wall-clock time, which can be set back or on; age is at least 0.
+            self.batcher.add(item, size=item.size, since=now - max(0.0, wall - entry.captured_at))
+        if entries:
+            self._cursor = entries[-1].seq
+
+    def _item(self, entry: Entry) -> Item:
+        try:
+            outcome = records.interpret(entry.body, entry.captured_at, self.selection)
+            if isinstance(outcome, records.Ignored):
+                return Item(entry.seq, entry.captured_at, outcome)
+            event_key = self._journal.event_key(entry.seq)
+            return Item(
+                entry.seq,
+                entry.captured_at,
+                outcome,
+                sql.return_row(outcome.ret) if outcome.ret else b"",
+                sql.event_row(outcome.event, self.selection.master_id, event_key) if outcome.event else b"",
+            )
+        except Exception as exc:
+            log.exception("An event cannot be made a row, and goes to the dead letters")
+            return Item(entry.seq, entry.captured_at, None, error=f"{type(exc).__name__}: {exc}")
+
+    async def _deliver(self, batch: list[Item]) -> None:
+        """Writes a batch and settles it, however long that takes."""
+        attempt = 0
+        while True:
+            try:
+                fates = await self._write(batch)
+            except RowsRejected as exc:
+                if len(batch) > 1:
+                    middle = len(batch) // 2
+                    await self._deliver(batch[:middle])
+                    await self._deliver(batch[middle:])
+                    return
+                log.error("The database refuses an event, which goes to the dead letters: %s", exc)
+                await self._settle(Settlement([batch[0].seq], {}, {batch[0].seq: str(exc)}))
+                return
+            except DatabaseError as exc:
+                await self._back_off(exc, attempt)
+                attempt += 1
+                continue
+            if self.failing:
+                log.warning("The database at %s takes rows again", self.server_host)
+                self.failing = False
+            dead = {item.seq: item.error for item in batch if item.error}
+            await self._settle(Settlement([item.seq for item in batch], fates, dead))
+            now = time.time()
+            self.lags.extend(now - item.captured_at for item in batch)
+            return
+
+    async def _settle(self, settlement: Settlement) -> None:
+        await self._in_journal(self._journal.settle, settlement)
+
+    async def _back_off(self, exc: DatabaseError, attempt: int) -> None:
+        self._note(exc)
+        self.retries += 1
+        self.failing = True
+        ceiling = min(_BACKOFF_FIRST[exc.verdict] * 2 ** min(attempt, 10), _BACKOFF_MAX)
+        self._hurry.clear()
+        with contextlib.suppress(asyncio.TimeoutError):  # a flush that is asked for ends the wait
+            await asyncio.wait_for(self._hurry.wait(), random.uniform(0, ceiling))  # noqa: S311 (no secret)
+
+    def _note(self, exc: DatabaseError) -> None:
+        self.fault = Fault(time.time(), str(exc))
+        if str(exc) == self._said.message and self.fault.at < self._said.at + _SAY_AGAIN_SECONDS:
+            return
+        self._said = self.fault
+        waiting = "events wait in the journal, nothing is lost"
+        if isinstance(exc, OperatorNeeded):
+            log.error("The database needs a person: %s (%s)", exc, waiting)
+        else:
+            log.warning("The database is not to be had: %s (%s)", exc, waiting)
+
+    async def _write(self, batch: list[Item]) -> dict[str, int]:
+        """One transaction. Gives the number of events by fate."""
+        ignored = collections.Counter(
+            f"ignored.{item.outcome.value}" for item in batch if isinstance(item.outcome, records.Ignored)
+        )
+        rows = [item for item in batch if isinstance(item.outcome, records.Record)]
+        if not rows:
+            return dict(ignored)
+        session = await self._ready()
+        if any(item.size + sql.STATEMENT_ROOM > session.max_packet for item in rows):
+            raise RowsRejected(
+                f"{session.host}: a row is larger than max_allowed_packet ({session.max_packet} bytes); raise that"
+            )
+        try:
+            written = await self._write_rows(session, rows)
+            session.check_escapes()
+            await session.commit()
+        except RowsRejected:
+            if session.usable:
+                await session.rollback()
+            raise
+        return {**ignored, "written": written, "duplicates": len(rows) - written}
+
+    async def _ready(self) -> Session:
+        """The session, opened if need be, its tables looked at."""
+        session = self._session
+        if session is not None and session.idle_seconds > _PING_AFTER_SECONDS:
+            try:
+                await session.ping()
+            except DatabaseError as exc:
+                log.debug("The idle connection was closed by the server: %s", exc)
+        if session is None or not session.usable:
+            session = self._session = await self._database.open()
+            self.server_version, self.server_host = session.server_version, session.host
+            self.tables_known = False
+        if not self.tables_known:
+            created = await schema.ensure(session, create=self.create_tables, events=self.store_events)
+            if created:
+                log.warning("Created the tables %s in the database at %s", ", ".join(created), session.host)
+            self.tables_known = True
+        session.check_escapes()
+        return session
+
+    async def _write_rows(self, session: Session, items: list[Item]) -> int:
+        """Everything between BEGIN (implied by the first statement) and COMMIT; gives the events written."""
+        changed = await self._write_loads(session, [item.outcome for item in items])
+        firsts: dict[tuple[str, str], Item] = {}
+        repeated: list[Return] = []
+        events: list[bytes] = []
+        extra_events: list[bytes] = []  # of events whose fate is that of their return
+        written = 0
+        for item in items:
+            assert isinstance(item.outcome, records.Record)
+            load, ret, event = item.outcome
+            if ret is not None and firsts.setdefault((ret.jid, ret.id), item) is not item:
+                repeated.append(ret)
+            if event is not None:
+                (events if ret is None else extra_events).append(item.event_row)
+            elif ret is None and load is not None and load.jid in changed:
+                written += 1
+                changed.discard(load.jid)  # the other parts of a batch job's load are its duplicates
+        rows = [firsts[key].return_row for key in sorted(firsts)]
+        inserted = await self._insert(session, sql.INSERT_RETURNS, rows, sql.KEEP_RETURNS)
+        if inserted < len(firsts) or repeated:
+            returns = [item.outcome.ret for item in firsts.values() if isinstance(item.outcome, records.Record)]
+            await self._look_for_conflicts(session, [ret for ret in returns if ret] + repeated)
+        await self._insert(session, sql.INSERT_EVENTS, extra_events, sql.KEEP_EVENTS)
+        return written + inserted + await self._insert(session, sql.INSERT_EVENTS, events, sql.KEEP_EVENTS)
+
+    async def _insert(self, session: Session, head: bytes, rows: Iterable[bytes], tail: bytes) -> int:
+        affected = 0
+        for statement, _ in sql.statements(head, rows, tail, max_bytes=session.max_packet):
+            affected += await session.execute(statement)
+        return affected
+
+    async def _write_loads(self, session: Session, outcomes: Iterable[Any]) -> set[str]:
+        """Writes ``jids``; gives the jids whose row came into being or changed."""
+        published: dict[str, dict[str, Any]] = {}
+        synthesised: dict[str, Return] = {}
+        for load, ret, _ in outcomes:
+            if load is not None:
+                published[load.jid] = records.merged_load(published.get(load.jid), load.load)
+            elif ret is not None:
+                synthesised.setdefault(ret.jid, ret)
+        new = {
+            jid: jsontext.dumps(records.synthesised_load(ret))
+            for jid, ret in synthesised.items()
+            if jid not in published
+        }
+        changed: set[str] = set()
+        if published:
+            stored = dict(await session.query(sql.select_loads(published)))
+            for jid, load in published.items():
+                if jid not in stored:
+                    new[jid] = jsontext.dumps(load)
+                    changed.add(jid)
+                    continue
+                better = jsontext.dumps(records.merged_load(_parsed(stored[jid]), load))
+                if better != stored[jid]:
+                    await session.execute(sql.update_load(jid, better))
+                    changed.add(jid)
+        await self._insert(
+            session, sql.INSERT_LOADS, [sql.load_row(jid, new[jid]) for jid in sorted(new)], sql.KEEP_LOADS
+        )
+        return changed
+
+    async def _look_for_conflicts(self, session: Session, returns: list[Return]) -> None:
+        """Counts returns that differ from the one that stands for their jid and minion."""
+        jids, ids = {ret.jid for ret in returns}, {ret.id for ret in returns}
+        stands = {(jid, id_): digest for jid, id_, digest in await session.query(sql.select_return_digests(jids, ids))}
+        differing = [ret for ret in returns if stands.get((ret.jid, ret.id), _digest(ret)) != _digest(ret)]
+        if differing:
+            self.conflicts += len(differing)
+            log.warning(
+                "%d returns differ from the one already stored, which stands; the first: jid %s, minion %s",
+                len(differing),
+                differing[0].jid,
+                differing[0].id,
+            )
+
+
+def _digest(ret: Return) -> str:
+    return hashlib.sha1(ret.return_json.encode(), usedforsecurity=False).hexdigest()
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # someone else's row
+        return None

@@ -1,0 +1,40 @@
+-- The tables of mysql_jobcache: names, columns and meaning as documented for Salt's mysql returner,
+-- with primary keys, four-byte UTF-8 and texts of up to 4 GiB. What is added stands after what was there.
+--
+-- jid and id compare byte by byte: Web1 and web1 are two minions.
+
+-- name: jids
+CREATE TABLE IF NOT EXISTS `jids` (
+    `jid` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+    `load` LONGTEXT NOT NULL,
+    PRIMARY KEY (`jid`)
+) ENGINE = InnoDB DEFAULT CHARACTER SET = utf8mb4;
+
+-- name: salt_returns
+CREATE TABLE IF NOT EXISTS `salt_returns` (
+    `fun` VARCHAR(255) NOT NULL,
+    `jid` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+    `return` LONGTEXT NOT NULL,
+    `id` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+    `success` VARCHAR(10) NOT NULL,
+    `full_ret` LONGTEXT NOT NULL,
+    `alter_time` TIMESTAMP(6) NOT NULL DEFAULT CURRENT_TIMESTAMP(6),
+    PRIMARY KEY (`jid`, `id`),
+    KEY `id` (`id`),
+    KEY `fun` (`fun`),
+    KEY `alter_time` (`alter_time`)
+) ENGINE = InnoDB DEFAULT CHARACTER SET = utf8mb4;
+
+-- name: salt_events
+CREATE TABLE IF NOT EXISTS `salt_events` (
+    `id` BIGINT NOT NULL AUTO_INCREMENT,
+    `tag` VARCHAR(255) NOT NULL,
+    `data` LONGTEXT NOT NULL,
+    `alter_time` TIMESTAMP(6) NOT NULL DEFAULT CURRENT_TIMESTAMP(6),
+    `master_id` VARCHAR(255) NOT NULL,
+    `event_key` BINARY(16) NULL DEFAULT NULL,
+    PRIMARY KEY (`id`),
+    UNIQUE KEY `event_key` (`event_key`),
+    KEY `tag` (`tag`),
+    KEY `alter_time` (`alter_time`)
+) ENGINE = InnoDB DEFAULT CHARACTER SET = utf8mb4;
