@@ -32,7 +32,7 @@ InJournal = Callable[..., Awaitable[Any]]
 
 
 class Capture:
-    """Between the bus and the journal. ``on_append`` is called after each group is on disk."""
+    """Between the bus and the journal. ``on_append`` is told the size of each group that is on disk."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Capture:
         in_journal: InJournal,
         selection: records.Selection,
         *,
-        on_append: Callable[[], None],
+        on_append: Callable[[int], None],
     ) -> None:
         self.selection = selection
         self.dropped = 0
@@ -116,7 +116,7 @@ class Capture:
                 raise
         self.last_error = ""
         if group:
-            self._on_append()
+            self._on_append(len(group))
 
     def _append(self, group: list[NewEvent], dropped: int) -> None:
         self._journal.append(group)

@@ -62,7 +62,6 @@ class Engine:
         self._stop = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "mysql_jobcache journal")
         self._journal = Journal(Path(self._opts["cachedir"]) / "mysql_jobcache")
-        self._bus = BusReader(self._opts, on_event=self._on_event, on_gap=lambda: None)
         self._database = Database(
             self._login,
             connect_timeout=self._settings.connect_timeout,
@@ -70,7 +69,8 @@ class Engine:
         )
         selection = self._selection()
         self._writer = Writer(self._journal, self._in_journal, self._database, selection, _limits(self._settings))
-        self._capture = Capture(self._journal, self._in_journal, selection, on_append=self._writer.wake)
+        self._capture = Capture(self._journal, self._in_journal, selection, on_append=self._writer.announce)
+        self._bus = BusReader(self._opts, on_event=self._capture.on_event, on_gap=lambda: None)
         self._apply(self._settings)
 
     async def run(self) -> None:
@@ -191,9 +191,6 @@ class Engine:
         if self._pillar_problem:
             raise EngineError(f"{self._pillar_problem}. The last good settings stay.")
         return self._settings.report()
-
-    def _on_event(self, body: bytes) -> None:
-        self._capture.on_event(body)
 
     async def _in_journal(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)

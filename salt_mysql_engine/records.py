@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import enum
 import fnmatch
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ _JID = re.compile(r"\d{20}(_\d+)?", re.ASCII)
 """salt/utils/jid.py 3008.3: 20 digits of UTC, and ``_`` + pid with ``unique_jid``."""
 
 _STAMP = re.compile(r"20[0-3]\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(\+00:00)?", re.ASCII)
+_WORTH_SPLICING = 512
+"""Characters of JSON from which on splicing is quicker than serialising once more."""
 _EXT_DATETIME, _EXT_CONSTANT = 78, 79  # salt/payload.py 3008.3
 
 
@@ -119,7 +122,9 @@ class Selection:
         self.peers = None if peers is None else frozenset(peers)
         self._runner_jobs = settings.runner_jobs
         self._wheel_jobs = settings.wheel_jobs
-        self._skip = _any_glob(settings.skip_functions)
+        skip = _any_glob(settings.skip_functions)
+        # Remembered: a fleet runs few functions, and this is asked for every event.
+        self._skips = functools.lru_cache(maxsize=256)(lambda fun: skip is not None and skip.match(fun) is not None)
         self._events = _any_glob(settings.events)
 
     def wants_event(self, tag: str) -> bool:
@@ -136,10 +141,9 @@ class Selection:
 
     def skips(self, fun: str | list[str]) -> bool:
         """Whether a job of this function (of all of these) is not stored."""
-        if self._skip is None:
-            return False
-        funs = [fun] if isinstance(fun, str) else fun
-        return bool(funs) and all(self._skip.match(name) for name in funs)
+        if isinstance(fun, str):
+            return self._skips(fun)
+        return bool(fun) and all(self._skips(name) for name in fun)
 
 
 def parse_tag(tag: str) -> Tag | None:
@@ -287,7 +291,7 @@ def _master_return(tag: Tag, data: dict[str, Any], altered: str, master_id: str)
         "id": master_id,
         "tgt": master_id,
         "jid": tag.jid,
-        "return": None,
+        "return": data,
         "fun": data["fun"],
         "user": data.get("user", ""),
         "fun_args": data.get("fun_args", []),
@@ -371,6 +375,8 @@ def _is_zero(retcode: Any) -> bool:
 
 def _dumps_around(key: str, value_json: str, data: dict[str, Any]) -> str:
     """The JSON of ``data`` whose ``key`` is already JSON: a highstate is then serialised once, not twice."""
+    if len(value_json) < _WORTH_SPLICING:
+        return jsontext.dumps(data)
     before: dict[str, Any] = {}
     after: dict[str, Any] = {}
     part = before
@@ -394,7 +400,11 @@ def _is_texts(value: Any) -> bool:
 
 def _fun_text(fun: str | list[str]) -> str:
     text = fun if isinstance(fun, str) else ",".join(fun)
-    return text.encode("utf-8", "backslashreplace").decode()[:MAX_FUN_CHARACTERS]
+    return (
+        text[:MAX_FUN_CHARACTERS]
+        if text.isascii()
+        else text.encode("utf-8", "backslashreplace").decode()[:MAX_FUN_CHARACTERS]
+    )
 
 
 def _altered(stamp: Any, captured_at: float) -> str:

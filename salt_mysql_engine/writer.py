@@ -51,13 +51,10 @@ class Item(NamedTuple):
     outcome: records.Record | records.Ignored | None
     return_row: bytes = b""
     event_row: bytes = b""
+    size: int = 0
+    """Bytes of both rows."""
     error: str = ""
     """Why there is no outcome: a fault of ours, which makes the event a dead letter."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of SQL."""
-        return len(self.return_row) + len(self.event_row)
 
 
 class Fault(NamedTuple):
@@ -98,14 +95,21 @@ class Writer:
         self._database = database
         self._session: Session | None = None
         self._cursor = 0
+        self._unread = 0
         self._news = asyncio.Event()
         self._hurry = asyncio.Event()
         self._said = Fault(0.0, "")
         self._settled: asyncio.Event = asyncio.Event()
 
     def wake(self) -> None:
-        """There are new events in the journal, or new limits."""
+        """Look again: there are new limits."""
         self._news.set()
+
+    def announce(self, events: int) -> None:
+        """``events`` more are in the journal. They are fetched when they fill the batch, or when it is due."""
+        self._unread += events
+        if not len(self.batcher) or self._unread >= self.batcher.room.batch_size:
+            self._news.set()
 
     async def flush(self) -> None:
         """Returns when everything that the journal holds now has been settled. Cancel it to give up."""
@@ -135,6 +139,7 @@ class Writer:
         loop = asyncio.get_running_loop()
         while True:
             self._news.clear()
+            self._unread = 0
             room = self.batcher.room
             if room.batch_size > 0 and room.batch_bytes > 0:
                 entries = await self._in_journal(
@@ -181,14 +186,13 @@ class Writer:
             outcome = records.interpret(entry.body, entry.captured_at, self.selection)
             if isinstance(outcome, records.Ignored):
                 return Item(entry.seq, entry.captured_at, outcome)
-            event_key = self._journal.event_key(entry.seq)
-            return Item(
-                entry.seq,
-                entry.captured_at,
-                outcome,
-                sql.return_row(outcome.ret) if outcome.ret else b"",
-                sql.event_row(outcome.event, self.selection.master_id, event_key) if outcome.event else b"",
-            )
+            return_row = sql.return_row(outcome.ret) if outcome.ret else b""
+            event_row = b""
+            if outcome.event:
+                event_key = self._journal.event_key(entry.seq)
+                event_row = sql.event_row(outcome.event, self.selection.master_id, event_key)
+            size = len(return_row) + len(event_row)
+            return Item(entry.seq, entry.captured_at, outcome, return_row, event_row, size)
         except Exception as exc:
             log.exception("An event cannot be made a row, and goes to the dead letters")
             return Item(entry.seq, entry.captured_at, None, error=f"{type(exc).__name__}: {exc}")
