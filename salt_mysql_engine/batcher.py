@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import enum
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 
@@ -30,8 +30,8 @@ class Limits(NamedTuple):
     flush_interval: float
 
 
-class _Held(NamedTuple, Generic[Item]):
-    item: Item
+class _Held(NamedTuple):
+    item: Any
     size: int
     since: float
 
@@ -41,7 +41,7 @@ class Batcher(Generic[Item]):
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._held: collections.deque[_Held[Item]] = collections.deque()
+        self._held: collections.deque[_Held] = collections.deque()
         self._bytes = 0
 
     def __len__(self) -> int:

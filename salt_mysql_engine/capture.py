@@ -107,7 +107,7 @@ class Capture:
             self._some.clear()
             self._full.clear()
             try:
-                await self._in_journal(self._append, group, dropped)
+                await self._in_journal(lambda: self._journal.append(group, dropped=dropped))
             except sqlite3.Error:
                 self._held = group + self._held
                 self._bytes += size
@@ -117,11 +117,6 @@ class Capture:
         self.last_error = ""
         if group:
             self._on_append(len(group))
-
-    def _append(self, group: list[NewEvent], dropped: int) -> None:
-        self._journal.append(group)
-        if dropped:
-            self._journal.count({"captured": dropped, "dropped.memory_full": dropped})
 
     def _say(self, message: str) -> None:
         if message != self.last_error:

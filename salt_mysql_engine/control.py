@@ -63,7 +63,7 @@ class Control:
             line = await asyncio.wait_for(reader.readline(), _REQUEST_SECONDS)
             writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
             await writer.drain()
-        except (OSError, asyncio.TimeoutError) as exc:
+        except (OSError, ValueError, asyncio.TimeoutError) as exc:  # ValueError: a line without an end
             log.debug("A control connection ended early: %r", exc)
         finally:
             writer.close()
@@ -72,7 +72,7 @@ class Control:
         try:
             request = json.loads(line)
             verb = self._verbs[request.pop("verb")]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {"error": f"no such request; known are {', '.join(self._verbs)}"}
         try:
             return {"result": await verb(**request)}

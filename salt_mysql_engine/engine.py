@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import datetime
 import logging
 import os
@@ -57,6 +58,7 @@ class Engine:
         self._pillar: dict[str, Any] = {}
         self._pillar_problem = ""
         self._reloading = asyncio.Lock()
+        self._retimed = asyncio.Event()
         self._settings = settings.combine(self._config, {})
         self._started_at = time.time()
         self._stop = asyncio.Event()
@@ -204,8 +206,10 @@ class Engine:
 
     async def _refresh(self) -> None:
         while True:
+            self._retimed.clear()
             await self._reload()
-            await asyncio.sleep(self._settings.pillar_refresh_seconds)
+            with contextlib.suppress(asyncio.TimeoutError):  # a new interval counts from now
+                await asyncio.wait_for(self._retimed.wait(), self._settings.pillar_refresh_seconds)
 
     async def _reload(self) -> None:
         async with self._reloading:
@@ -233,6 +237,8 @@ class Engine:
         self._writer.store_events = bool(new.events)
         self._writer.tables_known = False
         self._writer.wake()
+        if "pillar_refresh_seconds" in changed:
+            self._retimed.set()
         if changed:
             log.info("New settings: %s", ", ".join(f"{name}={getattr(new, name)}" for name in changed))
 

@@ -123,17 +123,19 @@ class Journal:
         self._db.close()
         os.close(self._lock_fd)
 
-    def append(self, events: Sequence[NewEvent]) -> None:
-        """Adds events, all or none."""
-        for start in range(0, len(events), _MAX_APPEND_ROWS):
-            chunk = events[start : start + _MAX_APPEND_ROWS]
-            # One statement for many rows: executemany() takes twice the time, most of it handing
-            # the interpreter's lock to and fro around every row.
-            with self._db:
-                self._db.execute("BEGIN IMMEDIATE")
+    def append(self, events: Sequence[NewEvent], *, dropped: int = 0) -> None:
+        """Adds events, all or none; ``dropped`` more were captured and had no place in memory."""
+        inserted = 0
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            for start in range(0, len(events), _MAX_APPEND_ROWS):
+                chunk = events[start : start + _MAX_APPEND_ROWS]
+                # One statement for many rows: executemany() takes twice the time, most of it handing
+                # the interpreter's lock to and fro around every row.
                 done = self._db.execute(_insert(len(chunk)), [value for event in chunk for value in event])
-                self._count({"captured": len(chunk)})
-            self.pending += done.rowcount
+                inserted += done.rowcount
+            self._count({"captured": inserted + dropped, "dropped.memory_full": dropped})
+        self.pending += inserted
 
     def read(self, *, after: int, rows: int, max_bytes: int) -> list[Entry]:
         """The oldest entries with a ``seq`` above ``after``: ``rows`` at most, and about ``max_bytes``."""
@@ -163,12 +165,6 @@ class Journal:
                 deleted += self._db.execute("DELETE FROM events WHERE seq BETWEEN ? AND ?", (first, last)).rowcount
             self._count(settlement.fates)
         self.pending -= deleted
-
-    def count(self, fates: Mapping[str, int]) -> None:
-        """Adds to the books outside of an append or a settlement (drops)."""
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._count(fates)
 
     def books(self) -> dict[str, Any]:
         """``captured = written + duplicates + pending + dead_letters + ignored{reason} + dropped{reason}``."""

@@ -11,13 +11,15 @@ bytes that are UTF-8                   the text
 other bytes                            ``{"__base64__": "..."}`` (as a key: the base64 text)
 datetime, date, time                   ISO 8601 text
 NaN, Infinity, -Infinity               the texts ``"NaN"``, ``"Infinity"``, ``"-Infinity"``
-integers beyond 64 bits                the digits as text
 lone surrogates in text                ``\\udXXX`` spelled out, as Python's ``backslashreplace`` does
 keys that are not text                 as ``json.dumps`` spells them (``1``, ``true``, ``null``)
 containers nested deeper than 28       the JSON of the deeper part, as one text
 sets, tuples                           lists
 anything else                          its ``str()``
 =====================================  ============================================================
+
+Integers beyond 64 bits do not come here: msgpack has none, and Salt sends them as text (``verylong_encoder``,
+salt/payload.py 3008.3).
 
 Source of the depth: MariaDB 10.11 refuses JSON deeper than 32 (ER_JSON_DEPTH_LIMIT), MySQL 8 deeper
 than 100 (ER_JSON_DOCUMENT_TOO_DEEP); a return stands one level down in ``full_ret``, and
@@ -33,9 +35,6 @@ import math
 from typing import Any
 
 MAX_DEPTH = 28
-
-_INT64_MIN = -(2**63)
-_UINT64_MAX = 2**64 - 1
 
 
 def _refuse(value: Any) -> Any:
@@ -55,7 +54,7 @@ def _encode(value: Any) -> str:
 
 
 def dumps(value: Any) -> str:
-    """The JSON text of ``value``; never raises, always encodable as UTF-8."""
+    """The JSON text of ``value``: encodable as UTF-8, whatever msgpack brought."""
     try:
         text = _encode(value)
         if not text.isascii():
@@ -91,7 +90,7 @@ def _plain(value: Any, depth: int) -> Any:
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, int):
-        return value if _INT64_MIN <= value <= _UINT64_MAX else _digits(value)
+        return value
     if isinstance(value, float):
         return value if math.isfinite(value) else _nonfinite(value)
     if isinstance(value, (bytes, bytearray)):
@@ -142,7 +141,7 @@ def _key(key: Any) -> str:
     if key is None or isinstance(key, bool):
         return "null" if key is None else str(key).lower()
     if isinstance(key, int):
-        return _digits(key)
+        return int.__repr__(key)
     if isinstance(key, float):
         return float.__repr__(key) if math.isfinite(key) else _nonfinite(key)
     return _scalar(key)
@@ -163,13 +162,6 @@ def _bytes_text(value: bytes | bytearray) -> str | None:
         return value.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _digits(value: int) -> str:
-    try:
-        return int.__repr__(value)
-    except ValueError:  # more digits than sys.int_info lets into text
-        return hex(value)
 
 
 def _nonfinite(value: float) -> str:

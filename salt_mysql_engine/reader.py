@@ -110,7 +110,7 @@ def _tls(to: settings.Connection) -> dict[str, Any] | None:
 def _parsed(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:  # a row of someone else
+    except (ValueError, RecursionError):  # a row of someone else
         return {}
     return value if isinstance(value, dict) else {}
 

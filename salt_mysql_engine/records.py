@@ -25,10 +25,12 @@ SEPARATOR = b"\n\n"
 """Between tag and payload (``TAGEND``, salt/utils/event.py)."""
 
 MAX_TAG_BYTES = 1024
+MAX_NAME_CHARACTERS = 255
+"""Width of ``salt_returns.id`` and ``salt_events.tag``. A minion's id is a file's name on the master, and no longer."""
 MAX_FUN_CHARACTERS = 255
 """Width of ``salt_returns.fun``; a longer list of functions is cut, and is whole in ``full_ret``."""
 
-_JID = re.compile(r"\d{20}(_\d+)?", re.ASCII)
+_JID = re.compile(r"\d{20}(_\d{1,10})?", re.ASCII)
 """salt/utils/jid.py 3008.3: 20 digits of UTC, and ``_`` + pid with ``unique_jid``."""
 
 _STAMP = re.compile(r"20[0-3]\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(\+00:00)?", re.ASCII)
@@ -50,6 +52,7 @@ class Ignored(str, enum.Enum):
     SKIPPED_FUNCTION = "skipped_function"
     PEER = "peer"
     SWITCHED_OFF = "switched_off"
+    TOO_LONG = "too_long"
 
 
 class Kind(enum.Enum):
@@ -127,6 +130,11 @@ class Selection:
         self._skips = functools.lru_cache(maxsize=256)(lambda fun: skip is not None and skip.match(fun) is not None)
         self._events = _any_glob(settings.events)
 
+    def is_of_peer(self, data: Mapping[str, Any]) -> bool:
+        """Whether the event belongs to another master of the cluster."""
+        peer = data.get("__peer_id")
+        return self.peers is not None and isinstance(peer, str) and peer in self.peers
+
     def wants_event(self, tag: str) -> bool:
         """Whether ``salt_events`` gets this event."""
         return self._events is not None and self._events.match(tag) is not None
@@ -181,10 +189,14 @@ def interpret(body: bytes, captured_at: float, selection: Selection) -> Record |
     try:
         tag = raw_tag.decode()
         data = msgpack.unpackb(payload, strict_map_key=False, unicode_errors="surrogateescape", ext_hook=_extension)
-    except (ValueError, RecursionError):  # every msgpack error is a ValueError, UnicodeDecodeError too
+    except (ValueError, TypeError, LookupError, RecursionError):  # msgpack's own are ValueErrors
         return Ignored.UNDECODABLE
     if not isinstance(data, dict):
         return Ignored.UNDECODABLE
+    if selection.is_of_peer(data):
+        return Ignored.PEER
+    if len(tag) > MAX_NAME_CHARACTERS and selection.wants_event(tag):
+        return Ignored.TOO_LONG
     altered = _altered(data.get("_stamp"), captured_at)
     event = Event(tag, jsontext.dumps(data), altered) if selection.wants_event(tag) else None
     job = _job_rows(parse_tag(tag), data, altered, selection)
@@ -204,8 +216,6 @@ def _job_rows(tag: Tag | None, data: dict[str, Any], altered: str, selection: Se
         return Ignored.BAD_JID
     if data.get("jid") != tag.jid:
         return Ignored.TAG_MISMATCH
-    if selection.peers is not None and data.get("__peer_id") in selection.peers:
-        return Ignored.PEER
     if not _is_function(data.get("fun", "")):
         return Ignored.WRONG_TYPE
     if selection.skips(data.get("fun", "")):
@@ -241,6 +251,8 @@ def _published_load(tag: Tag, data: dict[str, Any]) -> Record | Ignored:
 def _minion_return(tag: Tag, data: dict[str, Any], altered: str) -> Record | Ignored:
     if data.get("id") != tag.minion or not tag.minion:
         return Ignored.TAG_MISMATCH
+    if len(tag.minion) > MAX_NAME_CHARACTERS:
+        return Ignored.TOO_LONG
     if "return" not in data:
         return Ignored.MISSING_KEY
     success = _success(data)
@@ -318,7 +330,9 @@ def synthesised_load(ret: Return) -> dict[str, Any]:
     Everything that the return says but its value, and a target, as the master itself would add for a
     jid of ``req`` (salt/utils/job.py 3008.3).
     """
-    load = {key: value for key, value in ret.data.items() if key != "return"}
+    load = {key: value for key, value in ret.data.items() if isinstance(key, str) and key not in ("return", "Minions")}
+    if load.get("cmd") != "_return":
+        load.pop("cmd", None)
     load.setdefault("arg", load.get("fun_args", []))
     load.setdefault("tgt", ret.id)
     load.setdefault("tgt_type", "glob")
@@ -349,8 +363,8 @@ def merged_load(stored: Any, new: dict[str, Any]) -> dict[str, Any]:
 
 def _union(first: Any, second: list[Any]) -> list[Any]:
     known: list[Any] = first if isinstance(first, list) else []
-    have = {str(item) for item in known}
-    return known + [item for item in second if str(item) not in have]
+    have = {jsontext.dumps(item) for item in known}
+    return known + [item for item in second if jsontext.dumps(item) not in have]
 
 
 def _success(data: Mapping[str, Any]) -> bool:
@@ -375,7 +389,7 @@ def _is_zero(retcode: Any) -> bool:
 
 def _dumps_around(key: str, value_json: str, data: dict[str, Any]) -> str:
     """The JSON of ``data`` whose ``key`` is already JSON: a highstate is then serialised once, not twice."""
-    if len(value_json) < _WORTH_SPLICING:
+    if len(value_json) < _WORTH_SPLICING and value_json.count("{") + value_json.count("[") < jsontext.MAX_DEPTH:
         return jsontext.dumps(data)
     before: dict[str, Any] = {}
     after: dict[str, Any] = {}
@@ -416,7 +430,7 @@ def _altered(stamp: Any, captured_at: float) -> str:
             pass
         else:
             if moment.year < 2038:  # the end of MySQL's TIMESTAMP
-                return stamp[:10] + " " + stamp[11:26].removesuffix("+00:00")
+                return moment.replace(tzinfo=None).isoformat(" ", "microseconds")
     return datetime.datetime.fromtimestamp(captured_at, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 

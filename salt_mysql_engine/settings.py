@@ -72,11 +72,11 @@ class Option:
             return list(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise wrong
-        if isinstance(self.default, int) and value != int(value):
-            raise wrong
         assert self.minimum is not None
         assert self.maximum is not None
         if not self.minimum <= value <= self.maximum:
+            raise wrong
+        if isinstance(self.default, int) and value != int(value):
             raise wrong
         return type(self.default)(value)
 
@@ -246,7 +246,7 @@ class Connection:
         given: dict[str, Any] = {}
         hosts = get("host")
         if hosts is not None:
-            given["hosts"] = (hosts,) if isinstance(hosts, str) else tuple(hosts)
+            given["hosts"] = tuple(hosts) if isinstance(hosts, (list, tuple)) else (hosts,)
             if not given["hosts"] or not all(isinstance(host, str) and host for host in given["hosts"]):
                 raise SettingsError(f"mysql.host: {hosts!r} must be a host name or a list of them")
         port = get("port")

@@ -376,5 +376,5 @@ def _digest(ret: Return) -> str:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:  # someone else's row
+    except (ValueError, RecursionError):  # someone else's row
         return None

@@ -1,0 +1,1 @@
+"""The test suite: unit, integration (a real server) and system (a real master and minions)."""

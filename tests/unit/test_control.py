@@ -1,0 +1,192 @@
+"""The control socket, over a real one: only its owner gets in, and whatever comes in, an answer goes out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from salt_mysql_engine import control
+from salt_mysql_engine.control import Control
+from salt_mysql_engine.errors import ControlError, EngineError
+
+
+async def echo(**arguments: Any) -> dict[str, Any]:
+    return arguments
+
+
+async def refuse() -> None:
+    raise EngineError("the pillar is wrong: batch_size")
+
+
+async def fail() -> None:
+    raise ZeroDivisionError("a fault of ours")
+
+
+@pytest.fixture
+def opts(tmp_path: Path) -> dict[str, Any]:
+    return {"sock_dir": str(tmp_path)}
+
+
+@pytest.fixture
+async def engine(opts: dict[str, Any]) -> AsyncIterator[asyncio.Task[None]]:
+    """The engine's end, listening."""
+    path = control.socket_path(opts)
+    task = asyncio.create_task(Control(path, {"echo": echo, "refuse": refuse, "fail": fail}).run())
+    await asyncio.wait_for(listening(path), 10)
+    yield task
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def listening(path: Path) -> None:
+    while True:
+        try:
+            _, writer = await asyncio.open_unix_connection(path)
+        except OSError:
+            await asyncio.sleep(0)  # the server's turn
+        else:
+            writer.close()
+            return await writer.wait_closed()
+
+
+async def ask(opts: dict[str, Any], verb: str, **arguments: Any) -> Any:
+    """As the runner does: blocking, from outside the engine's loop."""
+    return await asyncio.to_thread(control.ask, opts, verb, **arguments)
+
+
+async def send(opts: dict[str, Any], line: bytes) -> dict[str, Any]:
+    reader, writer = await asyncio.open_unix_connection(control.socket_path(opts))
+    writer.write(line)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    await writer.wait_closed()
+    return dict(json.loads(answer))
+
+
+@contextlib.contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+        assert os.umask(mask) == mask, "the process's umask was changed"
+    finally:
+        os.umask(before)
+
+
+async def test_the_socket_is_for_its_owner_only_whatever_the_umask(opts: dict[str, Any]) -> None:
+    path = control.socket_path(opts)
+    with umask(0):
+        task = asyncio.create_task(Control(path, {}).run())
+        await asyncio.wait_for(listening(path), 10)
+        assert stat.S_ISSOCK(path.stat().st_mode)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.usefixtures("engine")
+async def test_a_verb_gets_its_arguments_and_its_result_comes_back(opts: dict[str, Any]) -> None:
+    arguments = {"seconds": 1.5, "what": ["é", None, {"deep": [True]}]}
+    assert await ask(opts, "echo", **arguments) == arguments
+
+
+@pytest.mark.usefixtures("engine")
+async def test_many_can_ask_at_once(opts: dict[str, Any]) -> None:
+    answers = await asyncio.gather(*(ask(opts, "echo", number=number) for number in range(30)))
+    assert answers == [{"number": number} for number in range(30)]
+
+
+@pytest.mark.usefixtures("engine")
+async def test_an_unknown_verb_is_answered_with_those_that_are_known(opts: dict[str, Any]) -> None:
+    with pytest.raises(ControlError, match="no such request; known are echo, refuse, fail"):
+        await ask(opts, "drop_everything")
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"\n", b"\xff\xfe\n", b"status\n", b"null\n", b"7\n", b"[]\n", b"{}\n"),
+        *(b'"echo"\n', b'{"verb": ["echo"]}\n', b'{"verb": "echo"\n', b"[" * 100_000 + b"\n"),
+    ],
+    ids=lambda line: repr(line[:20]),
+)
+async def test_a_line_that_is_no_request_is_answered_and_the_next_one_served(opts: dict[str, Any], line: bytes) -> None:
+    assert (await send(opts, line))["error"].startswith("no such request")
+    assert await ask(opts, "echo", still="there") == {"still": "there"}
+
+
+@pytest.mark.usefixtures("engine")
+async def test_an_argument_that_a_verb_does_not_take_is_an_answer(opts: dict[str, Any]) -> None:
+    with pytest.raises(ControlError, match="unexpected keyword argument 'force'"):
+        await ask(opts, "refuse", force=True)
+
+
+@pytest.mark.usefixtures("engine")
+async def test_what_a_verb_refuses_reaches_the_asker_in_its_own_words(opts: dict[str, Any]) -> None:
+    with pytest.raises(ControlError, match=r"^the pillar is wrong: batch_size$"):
+        await ask(opts, "refuse")
+
+
+@pytest.mark.usefixtures("engine")
+async def test_a_fault_of_ours_is_logged_and_named_and_does_not_end_the_server(
+    opts: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ControlError, match="ZeroDivisionError: a fault of ours; the master's log has more"):
+        await ask(opts, "fail")
+    assert "The control verb failed" in caplog.text
+    assert await ask(opts, "echo") == {}
+
+
+def test_an_engine_that_was_never_started_is_said_to_be_not_running(opts: dict[str, Any]) -> None:
+    with pytest.raises(ControlError, match=r"the engine is not running: .*mysql_jobcache\.ipc"):
+        control.ask(opts, "status")
+
+
+def test_an_engine_that_was_killed_is_said_to_be_not_running(opts: dict[str, Any]) -> None:
+    leave_a_socket(opts)
+    with pytest.raises(ControlError, match="the engine is not running"):
+        control.ask(opts, "status")
+
+
+async def test_an_engine_that_ends_without_an_answer_is_said_not_to_have_answered(opts: dict[str, Any]) -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.close()
+
+    async with await asyncio.start_unix_server(hang_up, control.socket_path(opts)):
+        with pytest.raises(ControlError, match="the engine did not answer"):
+            await ask(opts, "status")
+
+
+async def test_the_socket_of_a_killed_engine_is_taken_over(opts: dict[str, Any]) -> None:
+    path = leave_a_socket(opts)
+    task = asyncio.create_task(Control(path, {"echo": echo}).run())
+    await asyncio.wait_for(listening(path), 10)
+    assert await ask(opts, "echo", x=1) == {"x": 1}
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_engine_that_stops_takes_its_socket_away(engine: asyncio.Task[None], opts: dict[str, Any]) -> None:
+    assert control.socket_path(opts).exists()
+    engine.cancel()
+    await asyncio.gather(engine, return_exceptions=True)
+    assert not control.socket_path(opts).exists()
+
+
+def leave_a_socket(opts: dict[str, Any]) -> Path:
+    """A socket that nobody listens on any more, as ``kill -9`` leaves it."""
+    path = control.socket_path(opts)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+    return path

@@ -1,0 +1,118 @@
+"""SQL text: whatever a stranger wrote stays inside its quotes, and statements stay under the limit."""
+
+from __future__ import annotations
+
+import re
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from salt_mysql_engine import schema, sql
+from salt_mysql_engine.records import Event, Return
+
+texts = st.text() | st.text(alphabet="\\'\"`%;-\x00\n\x1aaé😀(), ")
+_STRING = re.compile(r"'((?:[^'\\]|\\.|'')*)'", re.DOTALL)
+_ESCAPE = re.compile(r"\\(.)|''", re.DOTALL)
+
+
+def literals(statement: bytes) -> tuple[list[str], str]:
+    """The strings that MySQL's lexer reads in a statement, and the rest with ``?`` in their places.
+
+    Manual, "String Literals": ``''`` is a quote, a backslash escapes, an unknown escape is the character itself.
+    """
+    special = {"0": "\0", "b": "\b", "n": "\n", "r": "\r", "t": "\t", "Z": "\x1a"}
+
+    def unescaped(match: re.Match[str]) -> str:
+        return "'" if match[1] is None else special.get(match[1], match[1])
+
+    text = statement.decode()
+    return [_ESCAPE.sub(unescaped, found) for found in _STRING.findall(text)], _STRING.sub("?", text)
+
+
+@given(texts)
+@example("\\' OR 1=1 -- ")
+@example("\\")
+@example("''\\''")
+def test_any_text_comes_back_from_its_literal_and_nothing_stands_outside(text: str) -> None:
+    assert literals(sql.quote(text).encode()) == ([text], "?")
+
+
+def test_a_value_in_the_place_of_an_identifier_cannot_be() -> None:
+    heads = (sql.INSERT_LOADS, sql.INSERT_RETURNS, sql.INSERT_EVENTS, sql.KEEP_LOADS, sql.KEEP_RETURNS, sql.KEEP_EVENTS)
+    for head in heads:
+        assert not set(b"'\"\\%") & set(head)
+
+
+@given(texts, texts, texts, texts, texts, st.booleans())
+def test_a_return_row_holds_its_values_in_the_order_of_its_columns(
+    jid: str, minion: str, fun: str, value: str, full: str, success: bool
+) -> None:
+    altered = "2026-01-02 03:04:05.000006"
+    row = sql.return_row(Return(jid, minion, fun, value, full, success, altered, {}))
+    assert literals(row) == ([fun, jid, value, minion, "01"[success], full, altered], "(?, ?, ?, ?, ?, ?, ?)")
+
+
+@given(texts, texts, texts, st.binary(min_size=16, max_size=16))
+def test_an_event_row_holds_its_values_in_the_order_of_its_columns(
+    tag: str, data: str, master: str, key: bytes
+) -> None:
+    row = sql.event_row(Event(tag, data, "2026-01-02 03:04:05"), master, key)
+    assert literals(row) == ([tag, data, "2026-01-02 03:04:05", master, key.hex()], "(?, ?, ?, ?, X?)")
+
+
+@given(texts, texts)
+def test_a_load_is_inserted_and_updated_with_the_same_values(jid: str, load: str) -> None:
+    assert literals(sql.load_row(jid, load)) == ([jid, load], "(?, ?)")
+    assert literals(sql.update_load(jid, load)) == ([load, jid], "UPDATE `jids` SET `load` = ? WHERE `jid` = ?")
+
+
+@given(st.lists(texts, min_size=1), st.lists(texts, min_size=1))
+def test_look_ups_ask_for_just_the_keys_given(jids: list[str], ids: list[str]) -> None:
+    asked, statement = literals(sql.select_loads(jids))
+    assert asked == jids
+    assert statement.endswith(f"IN ({', '.join('?' * len(jids))})")
+    assert literals(sql.select_return_digests(jids, ids))[0] == jids + ids
+
+
+rows_and_limit = st.tuples(
+    st.lists(st.integers(0, 3000).map(lambda size: b"(" + b"x" * size + b")")), st.integers(1, 8 * 1024)
+)
+
+
+@given(rows_and_limit)
+def test_statements_hold_every_row_once_and_in_order_under_the_limit(given_: tuple[list[bytes], int]) -> None:
+    rows, max_bytes = given_
+    sent: list[bytes] = []
+    for statement, count in sql.statements(sql.INSERT_RETURNS, rows, sql.KEEP_RETURNS, max_bytes=max_bytes):
+        assert statement.startswith(sql.INSERT_RETURNS)
+        assert statement.endswith(sql.KEEP_RETURNS)
+        inside = statement[len(sql.INSERT_RETURNS) : -len(sql.KEEP_RETURNS)].split(b",")
+        assert len(inside) == count > 0
+        assert len(statement) <= max_bytes or count == 1
+        sent += inside
+    assert sent == rows
+
+
+def test_rows_that_fit_together_go_in_one_statement() -> None:
+    ((_, count),) = sql.statements(sql.INSERT_LOADS, [b"(1)"] * 1000, sql.KEEP_LOADS, max_bytes=8 * 1024)
+    assert count == 1000
+
+
+def test_the_room_kept_beside_the_rows_is_enough_for_every_head_and_tail() -> None:
+    for head, tail in (
+        (sql.INSERT_LOADS, sql.KEEP_LOADS),
+        (sql.INSERT_RETURNS, sql.KEEP_RETURNS),
+        (sql.INSERT_EVENTS, sql.KEEP_EVENTS),
+    ):
+        assert len(head) + len(tail) < sql.STATEMENT_ROOM
+
+
+def test_the_schema_file_creates_each_table_with_the_columns_that_are_written() -> None:
+    ddl = schema.statements()
+    for head in (sql.INSERT_LOADS, sql.INSERT_RETURNS, sql.INSERT_EVENTS):
+        table, *columns = re.findall(r"`(\w+)`", head.decode())
+        statement = ddl.pop(table)
+        assert statement.startswith(f"CREATE TABLE IF NOT EXISTS `{table}`")
+        assert ";" not in statement
+        assert all(f"\n    `{column}` " in statement for column in columns)
+    assert ddl == {}
