@@ -40,7 +40,7 @@ class Capture:
         in_journal: InJournal,
         selection: records.Selection,
         *,
-        on_append: Callable[[int], None],
+        on_append: Callable[[int, int], None],
     ) -> None:
         self.selection = selection
         self.dropped = 0
@@ -116,7 +116,7 @@ class Capture:
                 raise
         self.last_error = ""
         if group:
-            self._on_append(len(group))
+            self._on_append(len(group), size)
 
     def _say(self, message: str) -> None:
         if message != self.last_error:

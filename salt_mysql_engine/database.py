@@ -142,12 +142,22 @@ class Session:
             RowsRejected: the server refused a row, and the transaction goes on.
             DatabaseError: anything else; the session is closed.
         """
+        self._check_size(statement)
         return int(await self._timed(self._run(statement)))
 
     async def query(self, statement: bytes | str) -> list[tuple[Any, ...]]:
         """Runs a statement that returns rows. Raises as :meth:`execute` does."""
+        self._check_size(statement)
         rows: list[tuple[Any, ...]] = list(await self._timed(self._fetch(statement)))
         return rows
+
+    def _check_size(self, statement: bytes | str) -> None:
+        # The server would answer a larger packet by ending the connection, which looks like an outage.
+        if 0 < self.max_packet <= len(statement):
+            raise RowsRejected(
+                f"{self.host}: a statement of {len(statement)} bytes for a row is larger than max_allowed_packet "
+                f"({self.max_packet} bytes); raise that"
+            )
 
     async def ping(self) -> None:
         """Asks whether the server is still there; a session that it closed is closed then."""

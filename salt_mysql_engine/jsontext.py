@@ -21,7 +21,7 @@ anything else                          its ``str()``
 Integers beyond 64 bits do not come here: msgpack has none, and Salt sends them as text (``verylong_encoder``,
 salt/payload.py 3008.3).
 
-Source of the depth: MariaDB 10.11 refuses JSON deeper than 32 (ER_JSON_DEPTH_LIMIT), MySQL 8 deeper
+Source of the depth: MariaDB 10.11 refuses JSON of 32 levels and more (measured), MySQL 8 of more
 than 100 (ER_JSON_DOCUMENT_TOO_DEEP); a return stands one level down in ``full_ret``, and
 multi-function returns and runners add one or two.
 """

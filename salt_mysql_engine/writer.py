@@ -96,6 +96,7 @@ class Writer:
         self._session: Session | None = None
         self._cursor = 0
         self._unread = 0
+        self._unread_bytes = 0
         self._news = asyncio.Event()
         self._hurry = asyncio.Event()
         self._said = Fault(0.0, "")
@@ -105,10 +106,13 @@ class Writer:
         """Look again: there are new limits."""
         self._news.set()
 
-    def announce(self, events: int) -> None:
+    def announce(self, events: int, size: int) -> None:
         """``events`` more are in the journal. They are fetched when they fill the batch, or when it is due."""
         self._unread += events
-        if not len(self.batcher) or self._unread >= self.batcher.room.batch_size:
+        self._unread_bytes += size
+        room = self.batcher.room
+        # A value stands in a row twice: in its own column and in the whole return.
+        if not len(self.batcher) or self._unread >= room.batch_size or 2 * self._unread_bytes >= room.batch_bytes:
             self._news.set()
 
     async def flush(self) -> None:
@@ -139,7 +143,7 @@ class Writer:
         loop = asyncio.get_running_loop()
         while True:
             self._news.clear()
-            self._unread = 0
+            self._unread = self._unread_bytes = 0
             room = self.batcher.room
             if room.batch_size > 0 and room.batch_bytes > 0:
                 entries = await self._in_journal(
@@ -233,9 +237,9 @@ class Writer:
         self.retries += 1
         self.failing = True
         ceiling = min(_BACKOFF_FIRST[exc.verdict] * 2 ** min(attempt, 10), _BACKOFF_MAX)
-        self._hurry.clear()
         with contextlib.suppress(asyncio.TimeoutError):  # a flush that is asked for ends the wait
             await asyncio.wait_for(self._hurry.wait(), random.uniform(0, ceiling))  # noqa: S311 (no secret)
+        self._hurry.clear()
 
     def _note(self, exc: DatabaseError) -> None:
         self.fault = Fault(time.time(), str(exc))
@@ -257,10 +261,6 @@ class Writer:
         if not rows:
             return dict(ignored)
         session = await self._ready()
-        if any(item.size + sql.STATEMENT_ROOM > session.max_packet for item in rows):
-            raise RowsRejected(
-                f"{session.host}: a row is larger than max_allowed_packet ({session.max_packet} bytes); raise that"
-            )
         try:
             written = await self._write_rows(session, rows)
             session.check_escapes()
@@ -358,7 +358,13 @@ class Writer:
         """Counts returns that differ from the one that stands for their jid and minion."""
         jids, ids = {ret.jid for ret in returns}, {ret.id for ret in returns}
         stands = {(jid, id_): digest for jid, id_, digest in await session.query(sql.select_return_digests(jids, ids))}
-        differing = [ret for ret in returns if stands.get((ret.jid, ret.id), _digest(ret)) != _digest(ret)]
+        for ret in returns:
+            if (ret.jid, ret.id) not in stands:
+                raise RowsRejected(
+                    f"{session.host}: the return of {ret.id!r} for jid {ret.jid} is kept out by another row, "
+                    "through a unique key that is not (jid, id) or a collation that takes both ids for one"
+                )
+        differing = [ret for ret in returns if stands[ret.jid, ret.id] != _digest(ret)]
         if differing:
             self.conflicts += len(differing)
             log.warning(

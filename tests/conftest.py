@@ -1,0 +1,37 @@
+"""Fixtures of the tests against a real database server: one server for the session, a database for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.mariadb import MariaDB
+from tests.support.scratch import Scratch, scratch
+from tests.support.shipping import Shipping
+
+
+@pytest.fixture(scope="session")
+def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
+    """The session's server. A test may stop, kill or freeze it: its `database` mends that afterwards."""
+    with MariaDB(tmp_path_factory.mktemp("mariadb")) as server:
+        yield server
+
+
+@pytest.fixture
+def database(mariadb: MariaDB) -> Iterator[Scratch]:
+    """An empty database and its account on the session's server, both gone after the test."""
+    with scratch(mariadb) as made:
+        yield made
+
+
+@pytest.fixture
+def shipping(database: Scratch, tmp_path: Path) -> Callable[..., Shipping]:
+    """Makes a `Shipping` to the test's database. `journal` names its journal, `mysql` changes the connection."""
+
+    def make(journal: str = "journal", *, mysql: Mapping[str, Any] | None = None, **options: Any) -> Shipping:
+        return Shipping(tmp_path / journal, {**database.mysql, **(mysql or {})}, **options)
+
+    return make

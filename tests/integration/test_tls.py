@@ -1,0 +1,169 @@
+"""Ways to log in: TLS with and without certificates, the unix socket, passwords."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from salt_mysql_engine.errors import OperatorNeeded
+from tests.support.certificates import Authority, Pair
+from tests.support.mariadb import LOOPBACK, MariaDB
+from tests.support.scratch import Scratch, scratch
+from tests.support.shipping import Shipping, returns
+
+
+@dataclasses.dataclass(frozen=True)
+class Secure:
+    """A server with TLS, the authority behind its certificate, and a certificate for a client."""
+
+    server: MariaDB
+    authority: Authority
+    client: Pair
+
+    @property
+    def ca(self) -> dict[str, str]:
+        return {"mysql.ssl_ca": str(self.authority.pair.certificate)}
+
+    @property
+    def certificate(self) -> dict[str, str]:
+        return {"mysql.ssl_cert": str(self.client.certificate), "mysql.ssl_key": str(self.client.key)}
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
+    directory = tmp_path_factory.mktemp("certificates")
+    authority = Authority(directory)
+    server = authority.sign("server", address=LOOPBACK)
+    options = [
+        f"--ssl-ca={authority.pair.certificate}",
+        f"--ssl-cert={server.certificate}",
+        f"--ssl-key={server.key}",
+    ]
+    with MariaDB(tmp_path_factory.mktemp("secure"), options=options) as running:
+        yield Secure(running, authority, authority.sign("client"))
+
+
+@pytest.fixture
+def guarded(secure: Secure) -> Iterator[Scratch]:
+    """An empty database on the server with TLS."""
+    with scratch(secure.server) as made:
+        yield made
+
+
+async def cipher(directory: Path, database: Scratch, mysql: Mapping[str, Any]) -> str:
+    """Log in, ship a batch, and say by which cipher; the session's own word and the server's must agree."""
+    async with Shipping(directory, {**database.mysql, **mysql}) as ship:
+        await ship.take(*returns(20, value="x" * 50_000))
+        await ship.drain(timeout=10)
+        session = await ship.open_session()
+        try:
+            ((_, on_server),) = await session.query("SHOW SESSION STATUS LIKE 'Ssl_cipher'")
+        finally:
+            session.close()
+    assert database.count("salt_returns") == 20
+    assert session.tls_cipher == on_server
+    return str(on_server)
+
+
+async def refusal(directory: Path, database: Scratch, mysql: Mapping[str, Any]) -> str:
+    """What the log tells the person when nobody takes us; the events wait."""
+    async with Shipping(directory, {**database.mysql, **mysql}) as ship:
+        await ship.take(*returns(3))
+        await ship.fail(2)
+        assert (await ship.books())["pending"] == 3
+        with pytest.raises(OperatorNeeded) as caught:
+            await ship.open_session()
+        assert str(caught.value) == ship.fault
+    assert database.sql("SHOW TABLES") == []
+    return ship.fault
+
+
+async def test_with_an_authority_the_connection_is_encrypted(secure: Secure, guarded: Scratch, tmp_path: Path) -> None:
+    guarded.sql(f"ALTER USER `{guarded.name}` REQUIRE SSL")
+    assert await cipher(tmp_path, guarded, secure.ca)
+
+
+async def test_without_tls_settings_the_connection_is_in_the_clear(guarded: Scratch, tmp_path: Path) -> None:
+    assert await cipher(tmp_path, guarded, {}) == ""
+
+
+async def test_a_server_without_tls_is_refused_when_tls_is_asked_for(
+    secure: Secure, database: Scratch, tmp_path: Path
+) -> None:
+    assert "the server offers no TLS; enable it there, or remove mysql.ssl_*" in await refusal(
+        tmp_path, database, secure.ca
+    )
+
+
+async def test_a_server_of_another_authority_is_refused(guarded: Scratch, tmp_path: Path) -> None:
+    stranger = Authority(tmp_path, "stranger")
+    fault = await refusal(tmp_path / "journal", guarded, {"mysql.ssl_ca": str(stranger.pair.certificate)})
+    assert "certificate verify failed" in fault
+    assert "check mysql.ssl_ca" in fault
+
+
+async def test_a_certificate_for_another_address_is_refused(secure: Secure, guarded: Scratch, tmp_path: Path) -> None:
+    fault = await refusal(tmp_path, guarded, {**secure.ca, "mysql.host": "localhost"})
+    assert "certificate verify failed" in fault
+    assert "localhost" in fault
+
+
+async def test_a_client_certificate_logs_in_where_one_is_required(
+    secure: Secure, guarded: Scratch, tmp_path: Path
+) -> None:
+    guarded.sql(f"ALTER USER `{guarded.name}` REQUIRE X509")
+    assert "check mysql.user and mysql.pass" in await refusal(tmp_path / "without", guarded, secure.ca)
+    assert await cipher(tmp_path / "with", guarded, {**secure.ca, **secure.certificate})
+
+
+async def test_a_client_certificate_of_a_stranger_lets_nobody_in(
+    secure: Secure, guarded: Scratch, tmp_path: Path
+) -> None:
+    guarded.sql(f"ALTER USER `{guarded.name}` REQUIRE X509")
+    pair = Authority(tmp_path, "stranger").sign("client")
+    strange = {"mysql.ssl_cert": str(pair.certificate), "mysql.ssl_key": str(pair.key)}
+    async with Shipping(tmp_path / "journal", {**guarded.mysql, **secure.ca, **strange}) as ship:
+        await ship.take(*returns(3))
+        await ship.fail(3)
+        # TLS 1.3: the server looks at the certificate after our side is done, and its alert may come after its reset.
+        assert "TLS failed" in ship.fault or "Lost connection" in ship.fault
+        assert (await ship.books())["pending"] == 3
+        ship.mysql |= secure.certificate
+        assert (await ship.drain())["written"] == 3
+
+
+async def test_a_client_certificate_without_an_authority_encrypts(
+    secure: Secure, guarded: Scratch, tmp_path: Path
+) -> None:
+    guarded.sql(f"ALTER USER `{guarded.name}` REQUIRE X509")
+    assert await cipher(tmp_path, guarded, secure.certificate)
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+async def test_a_tls_file_that_cannot_be_used_is_named_as_the_trouble(
+    guarded: Scratch, tmp_path: Path, content: str | None
+) -> None:
+    ca = tmp_path / "ca.pem"
+    if content is not None:
+        ca.write_text(content)
+    fault = await refusal(tmp_path / "journal", guarded, {"mysql.ssl_ca": str(ca)})
+    assert "mysql.ssl_*: the TLS files cannot be used" in fault
+
+
+async def test_the_unix_socket_logs_in(database: Scratch, tmp_path: Path) -> None:
+    database.sql(f"RENAME USER `{database.name}` TO `{database.name}`@localhost")
+    try:
+        nowhere = {"mysql.unix_socket": str(database.server.socket), "mysql.host": "no.such.host", "mysql.port": 1}
+        assert await cipher(tmp_path, database, nowhere) == ""
+    finally:
+        database.sql(f"DROP USER `{database.name}`@localhost")
+
+
+@pytest.mark.parametrize("password", ["", "grün 😀 'x' \" \\"])
+async def test_any_password_logs_in(database: Scratch, tmp_path: Path, password: str) -> None:
+    database.sql(f"SET PASSWORD FOR `{database.name}` = PASSWORD(%s)", password)
+    assert await cipher(tmp_path, database, {"mysql.pass": password}) == ""
