@@ -1,0 +1,90 @@
+# What a developer runs: `make` lists it. Everything is built under .local/; nothing outside it changes, except that
+# `make mariadb` installs Debian's package of the MariaDB server where there is none.
+
+SALT ?= 3008
+
+# One release of each series that resolves from PyPI together with its dependencies.
+PIN_3006 := salt==3006.28
+PIN_3007 := salt==3007.15
+PIN_3008 := salt==3008.3
+PIN := $(PIN_$(SALT))
+ifeq ($(PIN),)
+$(error SALT=$(SALT) is not known here: 3006, 3007 or 3008)
+endif
+
+ENV := .local/env-$(SALT)
+PY := $(ENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+STAMP := $(ENV)/.installed
+
+# The server's programs live where ordinary users have no PATH.
+export PATH := $(PATH):/usr/sbin:/usr/local/sbin
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
+APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
+APT_INSTALL := $(APT) install -q -y --no-install-recommends
+
+.DEFAULT_GOAL := help
+.PHONY: help env mariadb lint test test-salt demo demo-up demo-down bench clean
+
+help: ## List the targets
+	@echo "Two to begin with: make demo, make test."
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo
+	@echo "SALT=3006, SALT=3007 or SALT=3008 (the default) chooses the series of Salt: make demo SALT=3006"
+
+env: $(STAMP) ## Build the virtual environment of the series
+
+$(STAMP): pyproject.toml Makefile tools/find-python tools/timelib/pyproject.toml
+	@$(PIP) --version >/dev/null 2>&1 || { python=$$(tools/find-python $(SALT)) && "$$python" -m venv --clear $(ENV); }
+	@echo "Installing $(PIN) and this package into $(ENV)"
+	@$(PIP) install --upgrade pip
+	@$(PIP) install '$(PIN)' ./tools/timelib -e '.[test,lint]'
+	@$(PIP) install --no-deps saltext.mysql==1.1.0  # its dependencies name drivers that nothing here needs
+	@touch $@
+
+# mariadb-install-db calls my_print_defaults, which Debian has put into the client's package. Older Ubuntu releases put
+# the version into the packages' names.
+mariadb: ## Make sure that the MariaDB server's programs are installed
+	@{ command -v mariadbd && command -v mariadb-install-db && command -v my_print_defaults; } >/dev/null || { \
+	    { command -v apt-get && command -v $(or $(SUDO),true); } >/dev/null || { \
+	        echo "The MariaDB server's programs are missing. Installing them needs apt-get, and root or sudo;" >&2; \
+	        echo "or have them installed: mariadb-server-core and mariadb-client-core are Debian's names." >&2; \
+	        exit 1; \
+	    }; \
+	    echo "Installing MariaDB's server programs"; \
+	    $(APT) update -q && { \
+	        $(APT_INSTALL) mariadb-server-core mariadb-client-core || { \
+	            version=$$(apt-cache search --names-only '^mariadb-server-core-[0-9.]+$$' | \
+	                sed 's/^mariadb-server-core-\([0-9.]*\).*/\1/' | sort -V | tail -n 1); \
+	            $(APT_INSTALL) "mariadb-server-core-$$version" "mariadb-client-core-$$version"; \
+	        }; \
+	    }; \
+	}
+
+lint: env ## Check style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict salt_mysql_engine
+
+test: env mariadb lint ## Run everything: lint, unit, integration and system tests
+	$(PY) -m pytest
+
+test-salt: env mariadb ## Run the system tests alone, as in: make test-salt SALT=3006
+	$(PY) -m pytest tests/system
+
+demo: env mariadb ## See it work: a database, a master, two minions, real jobs, then the rows; stops at the end
+	@$(PY) -m demo
+
+demo-up: env mariadb ## The same, left running, with the commands to play with
+	@$(PY) -m demo up
+
+demo-down: env ## Stop what demo-up left running
+	@$(PY) -m demo down
+
+bench: env mariadb ## Measure rates and compare with the peers
+	$(PY) -m benchmarks
+
+clean: ## Remove what was built here
+	rm -rf .local build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

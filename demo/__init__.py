@@ -1,0 +1,1 @@
+"""A complete site on one machine, to see the engine work: ``make demo``."""
