@@ -71,7 +71,7 @@ test: env mariadb lint ## Run everything: lint, unit, integration and system tes
 	$(PY) -m pytest
 
 test-salt: env mariadb ## Run the system tests alone, as in: make test-salt SALT=3006
-	$(PY) -m pytest tests/system
+	$(PY) -m pytest tests/system $(ARGS)
 
 demo: env mariadb ## See it work: a database, a master, two minions, real jobs, then the rows; stops at the end
 	@$(PY) -m demo

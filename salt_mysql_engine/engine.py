@@ -146,7 +146,7 @@ class Engine:
             },
             "journal": {
                 "path": str(self._journal.path),
-                "bytes": self._journal.path.stat().st_size,
+                "bytes": self._journal.bytes,
                 "events_in_memory": self._capture.held,
                 "error": self._capture.last_error or None,
             },

@@ -123,6 +123,12 @@ class Journal:
         self._db.close()
         os.close(self._lock_fd)
 
+    @property
+    def bytes(self) -> int:
+        """What the journal takes on disk: the file and its write-ahead log."""
+        files = (self.path, self.path.with_name(self.path.name + "-wal"))
+        return sum(path.stat().st_size for path in files if path.exists())
+
     def append(self, events: Sequence[NewEvent], *, dropped: int = 0) -> None:
         """Adds events, all or none; ``dropped`` more were captured and had no place in memory."""
         inserted = 0
