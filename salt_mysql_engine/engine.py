@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import datetime
+import gc
 import logging
 import os
 import signal
@@ -46,6 +47,8 @@ def start(opts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     Raises:
         JournalError: the journal cannot be used.
     """
+    # Salt's modules are never garbage: without this every full collection looks at all of them again.
+    gc.freeze()
     asyncio.run(Engine(opts, options).run())
 
 
@@ -146,7 +149,7 @@ class Engine:
             },
             "journal": {
                 "path": str(self._journal.path),
-                "bytes": self._journal.bytes,
+                "bytes": self._journal.size_on_disk,
                 "events_in_memory": self._capture.held,
                 "error": self._capture.last_error or None,
             },

@@ -124,8 +124,8 @@ class Journal:
         os.close(self._lock_fd)
 
     @property
-    def bytes(self) -> int:
-        """What the journal takes on disk: the file and its write-ahead log."""
+    def size_on_disk(self) -> int:
+        """Bytes of the file and its write-ahead log."""
         files = (self.path, self.path.with_name(self.path.name + "-wal"))
         return sum(path.stat().st_size for path in files if path.exists())
 

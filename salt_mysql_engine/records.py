@@ -66,6 +66,10 @@ class Kind(enum.Enum):
     WHEEL_RETURN = "wheel return"
 
 
+# Nearly every event is one, and looking up an Enum's member costs as much as parsing the tag.
+_JOB_RETURN = Kind.JOB_RETURN
+
+
 class Tag(NamedTuple):
     """A tag that names a job: its kind, jid and minion id (``""`` but for a job's return)."""
 
@@ -141,11 +145,10 @@ class Selection:
 
     def wants_job(self, tag: Tag) -> bool:
         """Whether the job tables get this event."""
-        if tag.kind in (Kind.RUNNER_NEW, Kind.RUNNER_RETURN):
-            return self._runner_jobs
-        if tag.kind in (Kind.WHEEL_NEW, Kind.WHEEL_RETURN):
-            return self._wheel_jobs
-        return True
+        kind = tag.kind
+        if kind is _JOB_RETURN or kind is Kind.JOB_NEW:
+            return True
+        return self._runner_jobs if kind in (Kind.RUNNER_NEW, Kind.RUNNER_RETURN) else self._wheel_jobs
 
     def skips(self, fun: str | list[str]) -> bool:
         """Whether a job of this function (of all of these) is not stored."""
@@ -165,7 +168,7 @@ def parse_tag(tag: str) -> Tag | None:
         return None
     if len(parts) == 5:
         if parts[1] == "job" and parts[3] == "ret":
-            return Tag(Kind.JOB_RETURN, parts[2], parts[4])
+            return Tag(_JOB_RETURN, parts[2], parts[4])
         return None
     kind = _FOUR_PARTS.get((parts[1], parts[3]))
     return None if kind is None else Tag(kind, parts[2], "")
@@ -220,10 +223,10 @@ def _job_rows(tag: Tag | None, data: dict[str, Any], altered: str, selection: Se
         return Ignored.WRONG_TYPE
     if selection.skips(data.get("fun", "")):
         return Ignored.SKIPPED_FUNCTION
+    if tag.kind is _JOB_RETURN:
+        return _minion_return(tag, data, altered)
     if tag.kind is Kind.JOB_NEW:
         return _published_load(tag, data)
-    if tag.kind is Kind.JOB_RETURN:
-        return _minion_return(tag, data, altered)
     if tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
         return _master_load(tag, data, selection.master_id)
     return _master_return(tag, data, altered, selection.master_id)

@@ -254,10 +254,10 @@ class Writer:
 
     async def _write(self, batch: list[Item]) -> dict[str, int]:
         """One transaction. Gives the number of events by fate."""
+        rows = [item for item in batch if isinstance(item.outcome, records.Record)]
         ignored = collections.Counter(
             f"ignored.{item.outcome.value}" for item in batch if isinstance(item.outcome, records.Ignored)
         )
-        rows = [item for item in batch if isinstance(item.outcome, records.Record)]
         if not rows:
             return dict(ignored)
         session = await self._ready()
