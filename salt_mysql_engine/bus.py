@@ -143,6 +143,7 @@ class BusReader(asyncio.Protocol):
         self._parser: Parser | None = None
         self._transport: asyncio.Transport | None = None
         self._lost: asyncio.Event = asyncio.Event()
+        self._finishing = False
 
     @property
     def address(self) -> str:
@@ -182,6 +183,13 @@ class BusReader(asyncio.Protocol):
             if self._transport is not None:
                 self._transport.close()
 
+    async def finish(self) -> None:
+        """Takes in what was published until now and waits in the kernel; then cancel :meth:`run`."""
+        self._finishing = True
+        if self._transport is not None:
+            self._transport.resume_reading()
+        await asyncio.sleep(4 * _BREATH_SECONDS)
+
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
         self._lost.clear()
@@ -210,7 +218,7 @@ class BusReader(asyncio.Protocol):
             if self._transport is not None:
                 self._transport.abort()
             return
-        if len(data) < _BREATH_BYTES and self._transport is not None:
+        if len(data) < _BREATH_BYTES and self._transport is not None and not self._finishing:
             self._transport.pause_reading()
             asyncio.get_running_loop().call_later(_BREATH_SECONDS, self._transport.resume_reading)
         self.events_seen += len(bodies)

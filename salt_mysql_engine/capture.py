@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 GROUP_SECONDS = 0.05
 GROUP_EVENTS = 256
 MEMORY_BYTES = 64 * 1024 * 1024
+_EVENT_BYTES = 400
+"""What an event takes in memory beside its body."""
 _RETRY_SECONDS = 1.0
 
 Result = TypeVar("Result")
@@ -76,7 +78,7 @@ class Capture:
             self.dropped += 1
             return
         self._held.append(NewEvent(time.time(), job.jid if job else "", job.minion if job else "", body))
-        self._bytes += len(body)
+        self._bytes += len(body) + _EVENT_BYTES
         if len(self._held) == 1:
             self._some.set()
         if len(self._held) >= GROUP_EVENTS:
@@ -102,7 +104,7 @@ class Capture:
         """
         async with self._writing:
             group, self._held = self._held, []
-            size, self._bytes = self._bytes, 0
+            size = self._bytes
             dropped, self.dropped = self.dropped, 0
             self._some.clear()
             self._full.clear()
@@ -110,10 +112,10 @@ class Capture:
                 await self._in_journal(lambda: self._journal.append(group, dropped=dropped))
             except sqlite3.Error:
                 self._held = group + self._held
-                self._bytes += size
                 self.dropped += dropped
                 self._some.set()
                 raise
+            self._bytes -= size
         self.last_error = ""
         if group:
             self._on_append(len(group), size)

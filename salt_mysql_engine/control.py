@@ -38,14 +38,18 @@ class Control:
     def __init__(self, path: Path, verbs: Mapping[str, Verb]) -> None:
         self._path = path
         self._verbs = verbs
+        self._serving: set[asyncio.Task[Any]] = set()
 
     async def run(self) -> None:
         """Serves until cancelled."""
         server = await asyncio.start_unix_server(self._serve, sock=self._bind(), limit=_MAX_LINE_BYTES)
         try:
-            async with server:
-                await server.serve_forever()
+            await asyncio.Event().wait()
         finally:
+            # Not wait_closed(): since Python 3.12 that waits for every connection, and a flush can take minutes.
+            server.close()
+            for task in self._serving:
+                task.cancel()
             self._path.unlink(missing_ok=True)
 
     def _bind(self) -> socket.socket:
@@ -59,13 +63,19 @@ class Control:
         return sock
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
         try:
             line = await asyncio.wait_for(reader.readline(), _REQUEST_SECONDS)
             writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
             await writer.drain()
         except (OSError, ValueError, asyncio.TimeoutError) as exc:  # ValueError: a line without an end
             log.debug("A control connection ended early: %r", exc)
+        except asyncio.CancelledError:  # the engine stops; asyncio would report a cancelled handler as a fault
+            return
         finally:
+            self._serving.discard(task)
             writer.close()
 
     async def _answer(self, line: bytes) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import aiomysql
 import pymysql
 from pymysql.constants import CLIENT, CR, ER, SERVER_STATUS
 
+from . import tls
 from .errors import DatabaseError, OperatorNeeded, RowsRejected, ServerUnavailable, SettingsError
 from .settings import Connection
 
@@ -96,7 +97,9 @@ _BUSY = frozenset(
 
 _SESSION_SETTINGS = (
     # Strict: a value that does not fit is an error, never silently cut. No NO_BACKSLASH_ESCAPES: see sql.py.
-    "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'",
+    # MySQL 8 warns about strict mode without the three between (ER_SQL_MODE_MERGED, 3135).
+    "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_IN_DATE,NO_ZERO_DATE,ERROR_FOR_DIVISION_BY_ZERO,"
+    "NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'",
     # Next-key locks of the default level make several masters' upserts deadlock.
     "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
 )
@@ -111,6 +114,16 @@ class _DriverConnection(aiomysql.Connection):  # type: ignore[misc] # aiomysql i
             raise OperatorNeeded(
                 "mysql.ssl_* is set but the server offers no TLS; enable it there, or remove mysql.ssl_*"
             )
+        self._refuse_clear(self._server_auth_plugin)
+
+    async def _process_auth(self, plugin_name: bytes, auth_packet: Any) -> Any:
+        self._refuse_clear(plugin_name.decode(errors="replace"))
+        return await super()._process_auth(plugin_name, auth_packet)
+
+    def _refuse_clear(self, plugin: str) -> None:
+        """MySQL's own client asks for a flag before it does this; aiomysql would do what any server says."""
+        if plugin in ("mysql_clear_password", "mysql_old_password") and not self._ssl_context:
+            raise OperatorNeeded(f"the server asks for the password in the clear ({plugin}); set mysql.ssl_ca")
 
 
 class Session:
@@ -217,7 +230,7 @@ class Database:
 
     def __init__(
         self,
-        login: Callable[[], Awaitable[Connection]],
+        login: Callable[[], Connection],
         *,
         connect_timeout: float,
         statement_timeout: float,
@@ -225,6 +238,7 @@ class Database:
         self.connect_timeout = connect_timeout
         self.statement_timeout = statement_timeout
         self._login = login
+        self._failed = ""
 
     async def open(self) -> Session:
         """A new session.
@@ -233,22 +247,27 @@ class Database:
             DatabaseError: no host took us; the error of the last one, with those of the others.
         """
         try:
-            to = await self._login()
-            tls = _tls_context(to)
+            to = self._login()
+            context = tls.context(to)
         except SettingsError as exc:
             raise OperatorNeeded(str(exc)) from exc
         problems: list[DatabaseError] = []
-        for host in to.hosts[:1] if to.unix_socket else to.hosts:
+        hosts = to.hosts[:1] if to.unix_socket else to.hosts
+        for host in sorted(hosts, key=lambda host: _name(to, host) == self._failed):
             try:
-                return await self._open(to, host, tls)
+                return await self._open(to, host, context)
             except DatabaseError as exc:
                 problems.append(exc)
         # If any host needs a person, say that: waiting does not mend it.
         worst = next((problem for problem in problems if isinstance(problem, OperatorNeeded)), problems[-1])
         raise type(worst)("; ".join(dict.fromkeys(str(problem) for problem in problems))) from worst
 
-    async def _open(self, to: Connection, host: str, tls: ssl.SSLContext | None) -> Session:
-        name = to.unix_socket or f"{host}:{to.port}"
+    def failed(self, host: str) -> None:
+        """``host`` (a session's) took our login but not our rows, like a demoted primary: try it last."""
+        self._failed = host
+
+    async def _open(self, to: Connection, host: str, context: ssl.SSLContext | None) -> Session:
+        name = _name(to, host)
         connection = _DriverConnection(
             host=host,
             port=to.port,
@@ -258,7 +277,7 @@ class Database:
             password=to.password.encode().decode("latin-1"),
             db=to.db,
             charset="utf8mb4",
-            ssl=tls,
+            ssl=context,
             connect_timeout=self.connect_timeout,
             program_name="salt_mysql_engine",
         )
@@ -277,32 +296,25 @@ class Database:
         session = Session(connection, name, self.statement_timeout)
         for statement in _SESSION_SETTINGS:
             await session.execute(statement)
+        # The server gives up a lock first (1205), so that no statement of ours outlives its connection there.
+        patience = max(1, int(self.statement_timeout) - 1)
+        await session.execute(
+            f"SET SESSION innodb_lock_wait_timeout = {patience}, SESSION lock_wait_timeout = {patience}"
+        )
         ((session.server_version, comment, packet),) = await session.query(
             "SELECT VERSION(), @@version_comment, @@max_allowed_packet"
         )
         session.server_version += f" ({comment})"
         session.max_packet = int(packet)
-        if tls is not None:
+        if context is not None:
             ((_, session.tls_cipher),) = await session.query("SHOW SESSION STATUS LIKE 'Ssl_cipher'")
         session.check_escapes()
         await session.rollback()
         return session
 
 
-def _tls_context(to: Connection) -> ssl.SSLContext | None:
-    if not to.tls:
-        return None
-    try:
-        context = ssl.create_default_context(cafile=to.ssl_ca)
-        if not to.ssl_ca:
-            # As MySQL's own clients do without a CA: encrypted, but to whoever answers.
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        if to.ssl_cert:
-            context.load_cert_chain(to.ssl_cert, to.ssl_key)
-    except OSError as exc:  # ssl.SSLError is one
-        raise SettingsError(f"mysql.ssl_*: the TLS files cannot be used: {exc}") from exc
-    return context
+def _name(to: Connection, host: str) -> str:
+    return to.unix_socket or f"{host}:{to.port}"
 
 
 def translate(exc: Exception, host: str) -> DatabaseError:
@@ -310,9 +322,9 @@ def translate(exc: Exception, host: str) -> DatabaseError:
     number, text = (*exc.args, 0, "")[:2] if isinstance(exc, pymysql.MySQLError) else (0, str(exc))
     if not isinstance(number, int):
         number, text = 0, str(number)
-    tls = exc if isinstance(exc, ssl.SSLError) else exc.__cause__
-    if isinstance(tls, ssl.SSLError):
-        return OperatorNeeded(f"{host}: TLS failed: {tls}; check mysql.ssl_ca, mysql.ssl_cert and mysql.ssl_key")
+    broken = exc if isinstance(exc, ssl.SSLError) else exc.__cause__
+    if isinstance(broken, ssl.SSLError):
+        return OperatorNeeded(f"{host}: TLS failed: {broken}; check mysql.ssl_ca, mysql.ssl_cert and mysql.ssl_key")
     message = f"{host}: {text} ({number})" if number else f"{host}: {text or type(exc).__name__}"
     if number in _ROW_ERRORS:
         return RowsRejected(message)

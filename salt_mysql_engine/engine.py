@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import __version__, pillar, settings
+from . import __version__, settings
 from .batcher import Limits
 from .bus import BusReader
 from .capture import Capture
@@ -29,6 +29,7 @@ from .control import Control, socket_path
 from .database import Database
 from .errors import EngineError, SettingsError
 from .journal import Journal
+from .pillar import OwnPillar
 from .records import Selection
 from .settings import Connection
 from .writer import Writer
@@ -58,6 +59,7 @@ class Engine:
     def __init__(self, opts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self._opts = dict(opts)
         self._config, self._config_problems = settings.parse(options)
+        self._own_pillar = OwnPillar(self._opts)
         self._pillar: dict[str, Any] = {}
         self._pillar_problem = ""
         self._reloading = asyncio.Lock()
@@ -103,10 +105,13 @@ class Engine:
             }.items()
         }
         done, _ = await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
-        try:
-            await asyncio.wait_for(self._wind_down(tasks), _STOP_SECONDS)
-        except asyncio.TimeoutError:
+        winding_down = asyncio.create_task(self._wind_down(tasks), name="mysql_jobcache stop")
+        # Not wait_for(), which waits for what it cancels: a disk that hangs would hold us past Salt's SIGKILL.
+        await asyncio.wait({winding_down}, timeout=_STOP_SECONDS)
+        if not winding_down.done():
             log.error("mysql_jobcache did not stop within %g s; what is in the journal is safe", _STOP_SECONDS)
+            os._exit(0)
+        winding_down.result()
         for task in done:
             task.result()  # a task that died says why
         if self._stop.is_set() and threading.active_count() > 1:
@@ -116,6 +121,7 @@ class Engine:
 
     async def _wind_down(self, tasks: Mapping[str, asyncio.Task[Any]]) -> None:
         """First no more events, then all of them on disk, then everything else ends."""
+        await self._bus.finish()
         await _end(tasks["bus"])
         try:
             await self._capture.drain()
@@ -200,12 +206,8 @@ class Engine:
     async def _in_journal(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
-    async def _login(self) -> Connection:
-        """The connection, anew for each session: a secret that was rotated in sdb is found."""
-        mysql = {key: value for key, value in self._opts.items() if str(key).split(".")[0] == "mysql"}
-        if "sdb://" not in str(mysql):
-            return Connection.from_opts(mysql)
-        return Connection.from_opts(await pillar.resolve_sdb(self._opts))
+    def _login(self) -> Connection:
+        return Connection.from_opts(self._opts)
 
     async def _refresh(self) -> None:
         while True:
@@ -217,7 +219,7 @@ class Engine:
     async def _reload(self) -> None:
         async with self._reloading:
             try:
-                values, problems = settings.parse(await pillar.options(self._opts))
+                values, problems = settings.parse(await self._own_pillar.options())
             except SettingsError as exc:
                 values, problems = {}, [str(exc)]
             problem = f"pillar {settings.PILLAR_KEY} of {self._opts['id']}: {'; '.join(problems)}" if problems else ""

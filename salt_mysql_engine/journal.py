@@ -63,7 +63,8 @@ CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT RO
 CREATE TABLE identity (uuid BLOB NOT NULL);
 """
 
-_MAX_APPEND_ROWS = 256
+_KEEP_FREE_PAGES, _GIVE_BACK_PAGES = 4096, 4096  # of 4 KiB
+_MAX_APPEND_ROWS = 240  # times four values: SQLite before 3.32 takes 999 in a statement
 
 
 class NewEvent(NamedTuple):
@@ -171,6 +172,14 @@ class Journal:
                 deleted += self._db.execute("DELETE FROM events WHERE seq BETWEEN ? AND ?", (first, last)).rowcount
             self._count(settlement.fates)
         self.pending -= deleted
+        if not self.pending:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Lets the file shrink after an outage, a step at a time; what a busy hour needs stays."""
+        (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
+        if free > _KEEP_FREE_PAGES:
+            self._db.execute(f"PRAGMA incremental_vacuum({_GIVE_BACK_PAGES})").fetchall()
 
     def books(self) -> dict[str, Any]:
         """``captured = written + duplicates + pending + dead_letters + ignored{reason} + dropped{reason}``."""

@@ -1,4 +1,4 @@
-"""What the engine asks of Salt itself: the master's own pillar, and secrets from sdb."""
+"""The master's own pillar, compiled for the engine's options. The only module that asks Salt for something."""
 
 from __future__ import annotations
 
@@ -12,63 +12,51 @@ from .errors import SettingsError
 from .settings import PILLAR_KEY
 
 
-async def options(opts: Mapping[str, Any]) -> dict[str, Any]:
-    """The engine's options from the pillar of the master's own id; ``{}`` when there are none.
+class OwnPillar:
+    """The pillar of the master's own id. Its grains are worked out once: they take longer than the pillar."""
 
-    Raises:
-        SettingsError: the pillar does not compile, or the key holds no mapping.
-    """
-    return dict(await _in_daemon_thread(_compile, opts))
+    def __init__(self, opts: Mapping[str, Any]) -> None:
+        self._opts = dict(opts)
+        self._grains: dict[str, Any] | None = None
 
+    async def options(self) -> dict[str, Any]:
+        """The engine's options; ``{}`` when the pillar has none.
 
-def _compile(opts: Mapping[str, Any]) -> dict[str, Any]:
-    import salt.pillar
+        Raises:
+            SettingsError: the pillar does not compile, or the key holds no mapping.
+        """
+        return dict(await _in_daemon_thread(self._compile))
 
-    # Pillar() writes into its opts, and get_pillar() would give 3008's cache instead of the compiler.
-    compiler = salt.pillar.Pillar(copy.deepcopy(dict(opts)), {"id": opts["id"]}, opts["id"], "base")
-    try:
-        compiled = compiler.compile_pillar()
-    except Exception as exc:
-        raise SettingsError(f"the pillar of {opts['id']} does not compile: {type(exc).__name__}: {exc}") from exc
-    finally:
-        destroy = getattr(compiler, "destroy", None)
-        if destroy is not None:
-            destroy()
-    if compiled.get("_errors"):
-        raise SettingsError(f"the pillar of {opts['id']} does not compile: {'; '.join(map(str, compiled['_errors']))}")
-    given = compiled.get(PILLAR_KEY) or {}
-    if not isinstance(given, Mapping):
-        raise SettingsError(f"the pillar key {PILLAR_KEY} of {opts['id']} must be a mapping, not {given!r}")
-    return dict(given)
+    def _compile(self) -> dict[str, Any]:
+        master = self._opts["id"]
+        try:
+            compiled = self._compiled(master)
+        except (Exception, SystemExit) as exc:  # any renderer and any external pillar can raise anything
+            raise SettingsError(f"the pillar of {master} does not compile: {type(exc).__name__}: {exc}") from exc
+        if compiled.get("_errors"):
+            raise SettingsError(f"the pillar of {master} does not compile: {'; '.join(map(str, compiled['_errors']))}")
+        given = compiled.get(PILLAR_KEY) or {}
+        if not isinstance(given, Mapping):
+            raise SettingsError(f"the pillar key {PILLAR_KEY} of {master} must be a mapping, not {given!r}")
+        return dict(given)
 
+    def _compiled(self, master: str) -> dict[str, Any]:
+        import salt.loader
+        import salt.pillar
 
-async def resolve_sdb(opts: Mapping[str, Any]) -> dict[str, Any]:
-    """``opts`` with ``mysql.*`` values like ``sdb://vault/salt/pass`` looked up.
-
-    Raises:
-        SettingsError: one of them gives nothing.
-    """
-    return dict(await _in_daemon_thread(_resolve, opts))
-
-
-def _resolve(opts: Mapping[str, Any]) -> dict[str, Any]:
-    import salt.utils.sdb
-
-    def resolved(value: Any) -> Any:
-        if isinstance(value, str) and value.startswith("sdb://"):
-            found = salt.utils.sdb.sdb_get(value, dict(opts))
-            if found is None or found == value:
-                raise SettingsError(f"{value} gave nothing; check the sdb profile in the master config")
-            return found
-        return value
-
-    result = {key: resolved(value) if str(key).startswith("mysql.") else value for key, value in opts.items()}
-    if isinstance(opts.get("mysql"), Mapping):
-        result["mysql"] = {key: resolved(value) for key, value in opts["mysql"].items()}
-    return result
+        if self._grains is None:
+            self._grains = {**salt.loader.grains(copy.deepcopy(self._opts)), "id": master}
+        # Pillar() writes into its opts, and get_pillar() would give 3008's cache instead of the compiler.
+        compiler = salt.pillar.Pillar(copy.deepcopy(self._opts), copy.deepcopy(self._grains), master, "base")
+        try:
+            return dict(compiler.compile_pillar())
+        finally:
+            destroy = getattr(compiler, "destroy", None)
+            if destroy is not None:
+                destroy()
 
 
-async def _in_daemon_thread(function: Any, *args: Any) -> Any:
+async def _in_daemon_thread(function: Any) -> Any:
     """Runs ``function`` in a thread that does not keep the process alive.
 
     An executor's threads are waited for at exit, and an external pillar can hang for longer than the
@@ -77,7 +65,7 @@ async def _in_daemon_thread(function: Any, *args: Any) -> Any:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
-    def finish(result: Any, error: BaseException | None) -> None:
+    def finish(result: Any, error: Exception | None) -> None:
         if future.cancelled():
             return
         if error is not None:
@@ -88,7 +76,7 @@ async def _in_daemon_thread(function: Any, *args: Any) -> Any:
     def work() -> None:
         result, error = None, None
         try:
-            result = function(*args)
+            result = function()
         except Exception as exc:  # noqa: BLE001 (it is raised again where it is awaited)
             error = exc
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pymysql
 
-from . import jsontext, settings
+from . import jsontext, settings, tls
 from .errors import ServerUnavailable, SettingsError
 
 _CONNECT_SECONDS = 5
@@ -86,7 +86,8 @@ class Reader:
 
     def _connect(self, host: str) -> pymysql.Connection[Any]:
         to = self._to
-        return pymysql.connect(
+        context = tls.context(to)
+        connection = pymysql.connect(
             host=host,
             port=to.port,
             unix_socket=to.unix_socket,
@@ -97,14 +98,14 @@ class Reader:
             connect_timeout=_CONNECT_SECONDS,
             read_timeout=_READ_SECONDS,
             write_timeout=_READ_SECONDS,
-            ssl=_tls(to),
+            ssl=context,
         )
-
-
-def _tls(to: settings.Connection) -> dict[str, Any] | None:
-    if not to.tls:
-        return None
-    return {"ca": to.ssl_ca, "cert": to.ssl_cert, "key": to.ssl_key, "check_hostname": bool(to.ssl_ca)}
+        if context is not None and not getattr(connection, "_secure", False):
+            connection.close()
+            raise SettingsError(
+                "mysql.ssl_* is set but the server offers no TLS; enable it there, or remove mysql.ssl_*"
+            )
+        return connection
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -51,15 +51,14 @@ def test_connection(opts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def _test_connection(opts: Mapping[str, Any]) -> dict[str, Any]:
-    from . import pillar, schema
+    from . import schema
     from .database import Database
     from .settings import Connection
 
-    async def login() -> Connection:
-        return Connection.from_opts(await pillar.resolve_sdb(opts))
-
     began = time.perf_counter()
-    session = await Database(login, connect_timeout=_LOGIN_SECONDS, statement_timeout=_STATEMENT_SECONDS).open()
+    session = await Database(
+        lambda: Connection.from_opts(opts), connect_timeout=_LOGIN_SECONDS, statement_timeout=_STATEMENT_SECONDS
+    ).open()
     try:
         login_seconds = time.perf_counter() - began
         try:

@@ -19,12 +19,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import random
+import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from . import jsontext, records, schema, sql
@@ -41,6 +43,7 @@ _BACKOFF_FIRST = {Verdict.RETRY: 0.5, Verdict.OPERATOR: 5.0}
 _BACKOFF_MAX = 30.0  # seconds
 _SAY_AGAIN_SECONDS = 60.0
 _PING_AFTER_SECONDS = 30.0
+_JOURNAL_RETRY_SECONDS = 1.0
 
 
 class Item(NamedTuple):
@@ -52,7 +55,7 @@ class Item(NamedTuple):
     return_row: bytes = b""
     event_row: bytes = b""
     size: int = 0
-    """Bytes of both rows."""
+    """Bytes of SQL, about."""
     error: str = ""
     """Why there is no outcome: a fault of ours, which makes the event a dead letter."""
 
@@ -118,9 +121,9 @@ class Writer:
     async def flush(self) -> None:
         """Returns when everything that the journal holds now has been settled. Cancel it to give up."""
         last = await self._in_journal(self._journal.newest_seq)
-        self._hurry.set()
-        self._news.set()
         while True:
+            self._hurry.set()
+            self._news.set()
             self._settled.clear()
             oldest = await self._in_journal(self._journal.oldest_seq)
             if oldest is None or oldest > last:
@@ -146,9 +149,9 @@ class Writer:
             self._unread = self._unread_bytes = 0
             room = self.batcher.room
             if room.batch_size > 0 and room.batch_bytes > 0:
-                entries = await self._in_journal(
-                    lambda room=room: self._journal.read(
-                        after=self._cursor, rows=room.batch_size, max_bytes=room.batch_bytes
+                entries = await self._journalled(
+                    functools.partial(
+                        self._journal.read, after=self._cursor, rows=room.batch_size, max_bytes=room.batch_bytes
                     )
                 )
                 self._take_in(entries, loop.time())
@@ -195,7 +198,8 @@ class Writer:
             if outcome.event:
                 event_key = self._journal.event_key(entry.seq)
                 event_row = sql.event_row(outcome.event, self.selection.master_id, event_key)
-            size = len(return_row) + len(event_row)
+            # A load's text is made when it has met the one that stands; until then its event's size will do.
+            size = len(return_row) + len(event_row) + (len(entry.body) if outcome.load else 0)
             return Item(entry.seq, entry.captured_at, outcome, return_row, event_row, size)
         except Exception as exc:
             log.exception("An event cannot be made a row, and goes to the dead letters")
@@ -217,6 +221,8 @@ class Writer:
                 await self._settle(Settlement([batch[0].seq], {}, {batch[0].seq: str(exc)}))
                 return
             except DatabaseError as exc:
+                if self._session is not None and not self._session.usable:
+                    self._database.failed(self._session.host)
                 await self._back_off(exc, attempt)
                 attempt += 1
                 continue
@@ -230,7 +236,19 @@ class Writer:
             return
 
     async def _settle(self, settlement: Settlement) -> None:
-        await self._in_journal(self._journal.settle, settlement)
+        await self._journalled(lambda: self._journal.settle(settlement))
+
+    async def _journalled(self, work: Callable[[], Any]) -> Any:
+        """Does ``work`` in the journal, as often as it takes: a full disk or a lock must not end the engine."""
+        while True:
+            try:
+                return await self._in_journal(work)
+            except sqlite3.Error as exc:
+                self.fault = Fault(time.time(), f"the journal {self._journal.path}: {exc}")
+                if self._said.message != self.fault.message:
+                    log.error("The journal %s cannot be used: %s; trying on", self._journal.path, exc)
+                    self._said = self.fault
+                await asyncio.sleep(_JOURNAL_RETRY_SECONDS)
 
     async def _back_off(self, exc: DatabaseError, attempt: int) -> None:
         self._note(exc)
@@ -262,9 +280,10 @@ class Writer:
             return dict(ignored)
         session = await self._ready()
         try:
-            written = await self._write_rows(session, rows)
+            written, conflicts = await self._write_rows(session, rows)
             session.check_escapes()
             await session.commit()
+            self.conflicts += conflicts
         except RowsRejected:
             if session.usable:
                 await session.rollback()
@@ -291,8 +310,8 @@ class Writer:
         session.check_escapes()
         return session
 
-    async def _write_rows(self, session: Session, items: list[Item]) -> int:
-        """Everything between BEGIN (implied by the first statement) and COMMIT; gives the events written."""
+    async def _write_rows(self, session: Session, items: list[Item]) -> tuple[int, int]:
+        """Everything between BEGIN (implied by the first statement) and COMMIT; gives events written, conflicts."""
         changed = await self._write_loads(session, [item.outcome for item in items])
         firsts: dict[tuple[str, str], Item] = {}
         repeated: list[Return] = []
@@ -310,12 +329,14 @@ class Writer:
                 written += 1
                 changed.discard(load.jid)  # the other parts of a batch job's load are its duplicates
         rows = [firsts[key].return_row for key in sorted(firsts)]
+        conflicts = 0
         inserted = await self._insert(session, sql.INSERT_RETURNS, rows, sql.KEEP_RETURNS)
         if inserted < len(firsts) or repeated:
             returns = [item.outcome.ret for item in firsts.values() if isinstance(item.outcome, records.Record)]
-            await self._look_for_conflicts(session, [ret for ret in returns if ret] + repeated)
+            conflicts = await self._look_for_conflicts(session, [ret for ret in returns if ret] + repeated)
         await self._insert(session, sql.INSERT_EVENTS, extra_events, sql.KEEP_EVENTS)
-        return written + inserted + await self._insert(session, sql.INSERT_EVENTS, events, sql.KEEP_EVENTS)
+        inserted += await self._insert(session, sql.INSERT_EVENTS, events, sql.KEEP_EVENTS)
+        return written + inserted, conflicts
 
     async def _insert(self, session: Session, head: bytes, rows: Iterable[bytes], tail: bytes) -> int:
         affected = 0
@@ -339,7 +360,10 @@ class Writer:
         }
         changed: set[str] = set()
         if published:
-            stored = dict(await session.query(sql.select_loads(published)))
+            jids = sorted(published)
+            stored: dict[str, str] = {}
+            for start in range(0, len(jids), sql.MAX_KEYS):
+                stored.update(await session.query(sql.select_loads(jids[start : start + sql.MAX_KEYS])))
             for jid, load in published.items():
                 if jid not in stored:
                     new[jid] = jsontext.dumps(load)
@@ -354,10 +378,13 @@ class Writer:
         )
         return changed
 
-    async def _look_for_conflicts(self, session: Session, returns: list[Return]) -> None:
-        """Counts returns that differ from the one that stands for their jid and minion."""
-        jids, ids = {ret.jid for ret in returns}, {ret.id for ret in returns}
-        stands = {(jid, id_): digest for jid, id_, digest in await session.query(sql.select_return_digests(jids, ids))}
+    async def _look_for_conflicts(self, session: Session, returns: list[Return]) -> int:
+        """How many returns differ from the one that stands for their jid and minion."""
+        keys = sorted({(ret.jid, ret.id) for ret in returns})
+        stands: dict[tuple[str, str], str] = {}
+        for start in range(0, len(keys), sql.MAX_KEYS):
+            found = await session.query(sql.select_return_digests(keys[start : start + sql.MAX_KEYS]))
+            stands.update(((jid, id_), digest) for jid, id_, digest in found)
         for ret in returns:
             if (ret.jid, ret.id) not in stands:
                 raise RowsRejected(
@@ -366,13 +393,13 @@ class Writer:
                 )
         differing = [ret for ret in returns if stands[ret.jid, ret.id] != _digest(ret)]
         if differing:
-            self.conflicts += len(differing)
             log.warning(
                 "%d returns differ from the one already stored, which stands; the first: jid %s, minion %s",
                 len(differing),
                 differing[0].jid,
                 differing[0].id,
             )
+        return len(differing)
 
 
 def _digest(ret: Return) -> str:

@@ -90,7 +90,7 @@ class Shipping:
             await self._in_journal(self.journal.close)
             self._thread.shutdown()
 
-    async def _login(self) -> Connection:
+    def _login(self) -> Connection:
         return Connection.from_opts(self.mysql)
 
     async def _in_journal(self, function: Callable[..., Any], *args: Any) -> Any:

@@ -17,7 +17,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 FOLDERS = ("engines", "runners", "returners")
 
 LAYERS = (
-    {"errors", "jsontext", "settings"},
+    {"errors", "jsontext", "settings", "tls"},
     {"records", "sql", "database", "schema", "pillar"},
     {"bus", "capture", "journal", "batcher", "writer", "reconcile", "control", "reader", "metrics"},
     {"engine", "verbs"},

@@ -70,8 +70,11 @@ def test_a_load_is_inserted_and_updated_with_the_same_values(jid: str, load: str
 def test_look_ups_ask_for_just_the_keys_given(jids: list[str], ids: list[str]) -> None:
     asked, statement = literals(sql.select_loads(jids))
     assert asked == jids
-    assert statement.endswith(f"IN ({', '.join('?' * len(jids))})")
-    assert literals(sql.select_return_digests(jids, ids))[0] == jids + ids
+    assert statement.endswith(f"IN ({', '.join('?' * len(jids))}) FOR UPDATE")
+    pairs = list(zip(jids, ids, strict=False))
+    asked, statement = literals(sql.select_return_digests(pairs))
+    assert asked == [text for pair in pairs for text in pair]
+    assert statement.endswith(" OR ".join(["(`jid` = ? AND `id` = ?)"] * len(pairs)))
 
 
 rows_and_limit = st.tuples(
