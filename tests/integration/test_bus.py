@@ -157,6 +157,16 @@ async def test_garbage_is_counted_and_the_next_connection_is_heard(
     assert listening.gaps == 1
 
 
+async def test_a_reader_that_finishes_has_taken_in_what_was_published_before(bus: tuple[Publisher, Listening]) -> None:
+    publisher, listening = bus
+    await publisher.start()
+    await publisher.send(bare(b"first\n\n\x80"))
+    await until(lambda: len(listening.heard) == 1)  # now it takes its breath
+    await publisher.send(*[bare(b"tag/%d\n\n\x80" % number) for number in range(2000)])
+    await listening.reader.finish()
+    assert len(listening.heard) == 2001
+
+
 async def test_a_frame_of_sixty_four_mebibytes_arrives_whole(bus: tuple[Publisher, Listening]) -> None:
     publisher, listening = bus
     body = b"big\n\n" + bytes(MAX_FRAME_BYTES - 5)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
 import re
+import sqlite3
 from collections.abc import Callable
+from pathlib import Path
 
 import pymysql
 import pytest
 
 from salt_mysql_engine import schema
+from tests.support.mariadb import MariaDB
 from tests.support.relay import Relay
 from tests.support.scratch import PASSWORD, Scratch
 from tests.support.shipping import Shipping, jid, returned, returns
@@ -220,6 +224,34 @@ async def test_the_second_host_is_used_while_the_first_is_away(database: Scratch
     async with shipping(mysql={"mysql.host": ["127.0.0.9", database.server.host]}) as ship:
         await ship.ship(*numbered(1, 5))
         assert ship.writer.server_host == f"{database.server.host}:{database.server.port}"
+    assert stored(database) == {jid(number): number for number in range(1, 6)}
+
+
+async def test_a_primary_that_was_demoted_is_left_for_the_next_host(
+    database: Scratch, shipping: Make, tmp_path: Path
+) -> None:
+    promoted = MariaDB(tmp_path / "promoted", options=["--bind-address=127.0.0.2"])
+    promoted.port = database.server.port
+    with promoted:
+        promoted.create_database(database.name, database.name, PASSWORD)
+        with database.globally(read_only=1):
+            async with shipping(mysql={"mysql.host": [database.server.host, "127.0.0.2"]}, schema="create") as ship:
+                await ship.take(*numbered(1, 5))
+                await ship.drain()
+                assert ship.writer.retries > 0
+                assert ship.writer.server_host == f"127.0.0.2:{promoted.port}"
+        assert promoted.sql("SELECT COUNT(*) FROM salt_returns", db=database.name) == [(5,)]
+
+
+async def test_a_journal_that_is_locked_for_a_while_ends_nothing(database: Scratch, shipping: Make) -> None:
+    async with shipping(flush_interval=0.2) as ship:
+        with contextlib.closing(sqlite3.connect(ship.journal.path, isolation_level=None)) as shell:
+            await ship.take(*numbered(1, 5))
+            shell.execute("BEGIN IMMEDIATE")  # an operator's sqlite3, say
+            await ship.until(lambda: "database is locked" in ship.fault)
+            shell.execute("ROLLBACK")
+        await ship.drain()
+        assert (await ship.books())["pending"] == 0
     assert stored(database) == {jid(number): number for number in range(1, 6)}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine.errors import OperatorNeeded
+from salt_mysql_engine.errors import OperatorNeeded, ServerUnavailable, SettingsError
+from salt_mysql_engine.reader import Reader
 from tests.support.certificates import Authority, Pair
 from tests.support.mariadb import LOOPBACK, MariaDB
 from tests.support.scratch import Scratch, scratch
@@ -85,6 +88,48 @@ async def refusal(directory: Path, database: Scratch, mysql: Mapping[str, Any]) 
 async def test_with_an_authority_the_connection_is_encrypted(secure: Secure, guarded: Scratch, tmp_path: Path) -> None:
     guarded.sql(f"ALTER USER `{guarded.name}` REQUIRE SSL")
     assert await cipher(tmp_path, guarded, secure.ca)
+
+
+async def test_the_returner_reads_over_tls_too(secure: Secure, guarded: Scratch, tmp_path: Path) -> None:
+    guarded.sql(f"ALTER USER `{guarded.name}` REQUIRE SSL")
+    await cipher(tmp_path, guarded, secure.ca)
+    reader = Reader({**guarded.mysql, **secure.ca})
+    assert len(await asyncio.to_thread(reader.minions)) == 20
+
+
+async def test_the_returner_does_not_read_in_the_clear_when_tls_is_asked_for(secure: Secure, database: Scratch) -> None:
+    reader = Reader({**database.mysql, **secure.ca})
+    with pytest.raises((ServerUnavailable, SettingsError)):
+        await asyncio.to_thread(reader.minions)
+
+
+GREETING = (
+    b"\x0a5.7.0-stranger\0" + bytes(4) + b"saltsalt\0"
+    b"\x00\xa2\x2d\x02\x00\x08\x00\x15" + bytes(10) + b"saltsaltsalt\0mysql_native_password\0"
+)  # fmt: skip
+
+
+async def test_a_server_that_asks_for_the_password_in_the_clear_does_not_get_it(tmp_path: Path) -> None:
+    heard = b""
+
+    async def stranger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal heard
+        with contextlib.closing(writer):
+            writer.write(len(GREETING).to_bytes(3, "little") + b"\0" + GREETING)
+            size = int.from_bytes((await reader.readexactly(4))[:3], "little")
+            await reader.readexactly(size)
+            switch = b"\xfemysql_clear_password\0"
+            writer.write(len(switch).to_bytes(3, "little") + b"\2" + switch)
+            heard = await reader.read()
+
+    async with await asyncio.start_server(stranger, LOOPBACK, 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        login = {"mysql.host": LOOPBACK, "mysql.port": port, "mysql.user": "salt", "mysql.pass": "TOPSECRET"}
+        async with Shipping(tmp_path / "journal", login) as ship:
+            await ship.take(*returns(1))
+            await ship.fail(1)
+            assert "in the clear" in ship.fault
+    assert heard == b""
 
 
 async def test_without_tls_settings_the_connection_is_in_the_clear(guarded: Scratch, tmp_path: Path) -> None:

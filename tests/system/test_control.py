@@ -45,6 +45,12 @@ def test_the_pillar_retunes_the_running_engine(tuned: Site) -> None:
     assert tuned.engine().pid == pid
 
 
+def test_a_pillar_that_uses_grains_compiles(tuned: Site) -> None:
+    tuned.set_pillar()
+    (tuned.pillar / "engine.sls").write_text("mysql_jobcache:\n  batch_size: {{ 11 if grains['kernel'] else 12 }}\n")
+    assert tuned.master.run("mysql_jobcache.reload")["batch_size"] == {"value": 11, "source": "pillar"}
+
+
 def test_the_pillar_is_looked_at_on_a_timer_too(tuned: Site) -> None:
     tuned.set_pillar(pillar_refresh_seconds=1)
     tuned.master.run("mysql_jobcache.reload")

@@ -184,6 +184,25 @@ async def test_an_engine_that_stops_takes_its_socket_away(engine: asyncio.Task[N
     assert not control.socket_path(opts).exists()
 
 
+async def test_an_engine_that_stops_does_not_wait_for_those_who_wait_for_it(opts: dict[str, Any]) -> None:
+    asked = asyncio.Event()
+
+    async def never() -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    path = control.socket_path(opts)
+    task = asyncio.create_task(Control(path, {"never": never}).run())
+    await asyncio.wait_for(listening(path), 10)
+    waiting = asyncio.create_task(ask(opts, "never"))
+    await asyncio.wait_for(asked.wait(), 10)
+    task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=1)
+    assert done
+    with pytest.raises(ControlError, match="the engine did not answer"):
+        await waiting
+
+
 def leave_a_socket(opts: dict[str, Any]) -> Path:
     """A socket that nobody listens on any more, as ``kill -9`` leaves it."""
     path = control.socket_path(opts)
