@@ -120,6 +120,30 @@ def test_a_stop_takes_under_four_seconds_and_keeps_every_captured_event(make_sit
         assert books["dead_letters"] == 0
 
 
+@pytest.mark.smoke
+def test_an_engine_that_is_killed_ships_all_that_it_had_journalled_when_salt_starts_it_again(
+    make_site: Callable[..., Site],
+) -> None:
+    site = make_site(batch_size=50)
+    server = site.database.server
+    with site.master:
+        publishing = publish_returns(site.master, 0, 3000)
+        site.wait_for("SELECT jid FROM salt_returns LIMIT 1")
+        server.freeze()
+        engine = site.engine()
+        wait_until(lambda: len(journalled(site)) > 200, timeout=PATIENCE, what="a queue")
+        engine.kill()
+        wait_until(lambda: ended(engine), timeout=PATIENCE, what="the engine's end")
+        server.thaw()
+        assert publishing.wait(PATIENCE) == 0
+        waiting = journalled(site)
+        assert len(waiting) > 200
+        wait_until(lambda: waiting <= stored(site), timeout=PATIENCE, what="what waited in the journal")
+        books = site.status()["books"]
+        assert (books["dead_letters"], books["dropped"]) == (0, {})
+        assert site.engine().pid != engine.pid
+
+
 def test_a_stop_of_the_master_leaves_every_return_in_mysql_or_in_the_journal(make_site: Callable[..., Site]) -> None:
     site = make_site(flush_interval=60.0)
     with site.master:
