@@ -165,7 +165,8 @@ class Writer:
                 self.batches[reason.value] += 1
                 return self.batcher.take()
             if caught_up:
-                self._hurry.clear()
+                if not self._news.is_set():  # else what a flush asks for may be in the news
+                    self._hurry.clear()
                 await self._wait(self.batcher.deadline)
 
     async def _wait(self, deadline: float | None) -> None:
