@@ -14,7 +14,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from . import records
 from .journal import Journal, NewEvent
@@ -28,7 +28,6 @@ _EVENT_BYTES = 400
 """What an event takes in memory beside its body."""
 _RETRY_SECONDS = 1.0
 
-Result = TypeVar("Result")
 InJournal = Callable[..., Awaitable[Any]]
 """Runs a function in the journal's thread."""
 

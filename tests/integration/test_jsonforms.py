@@ -97,7 +97,7 @@ async def test_the_server_takes_and_reads_every_form_of_a_value(database: Scratc
 
 
 DIRECT_FORMS: dict[str, tuple[Any, Any]] = {
-    "datetime": (datetime.datetime(2026, 1, 2, 3, 4, 5), "2026-01-02T03:04:05"),  # noqa: DTZ001
+    "datetime": (datetime.datetime(2026, 1, 2, 3, 4, 5), "2026-01-02T03:04:05"),  # noqa: DTZ001 (naive, as Salt sends)
     "date and time": ([datetime.date(2026, 1, 2), datetime.time(3, 4)], ["2026-01-02", "03:04:00"]),
     "sets and tuples": ([{1}, frozenset({2}), (3,)], [[1], [2], [3]]),
     "lone surrogate": (["\ud800", {"\udfff": 1}], ["\\ud800", {"\\udfff": 1}]),

@@ -30,8 +30,6 @@ from tests.support.shipping import (
     return_data,
 )
 
-pytestmark = pytest.mark.skipif(not saltext_returner.installed(), reason="saltext.mysql is not installed")
-
 Make = Callable[..., Shipping]
 Rows = list[dict[str, Any]]
 

@@ -142,6 +142,7 @@ class _Daemon:
         return self._ready()
 
     def _ready(self) -> bool:
+        """Whether the daemon does its work; each kind knows how to tell."""
         raise NotImplementedError
 
     def stop(self) -> None:

@@ -22,11 +22,6 @@ import msgpack
 Call = tuple[str, Sequence[Any]]
 
 
-def installed() -> bool:
-    """Whether saltext.mysql is there; Salt before 3008 has the returner in its core."""
-    return importlib.util.find_spec("saltext") is not None and importlib.util.find_spec("saltext.mysql") is not None
-
-
 def documented_schema() -> list[str]:
     """The CREATE TABLE statements of the returner's docstring."""
     spec = importlib.util.find_spec("saltext.mysql")

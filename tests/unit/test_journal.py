@@ -91,7 +91,7 @@ def test_a_read_ends_with_the_entry_that_reaches_its_bytes(journal: Journal) -> 
 
 
 def test_an_append_of_many_events_is_all_or_none(journal: Journal) -> None:
-    broken = NewEvent(0.0, None, "minion", b"refused: NOT NULL")  # type: ignore[arg-type]
+    broken = NewEvent(0.0, None, "minion", b"refused: NOT NULL")  # type: ignore[arg-type] # the point
     for place in (0, 10, 300, 599):
         given = events(600)
         given[place] = broken
@@ -107,7 +107,7 @@ def test_a_settlement_is_all_or_none(journal: Journal) -> None:
     journal.append(events(2))
     first, second = (entry.seq for entry in everything(journal))
     with pytest.raises(sqlite3.IntegrityError):
-        journal.settle(Settlement([first, second], {"written": 1, None: 1}, {first: "why"}))  # type: ignore[dict-item]
+        journal.settle(Settlement([first, second], {"written": 1, None: 1}, {first: "why"}))  # type: ignore[dict-item] # the point
     assert dead_letters(journal) == []
     assert [entry.seq for entry in everything(journal)] == [first, second]
     assert (journal.books()["written"], journal.pending, balance(journal)) == (0, 2, 0)
