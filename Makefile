@@ -24,7 +24,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 APT_INSTALL := $(APT) install -q -y --no-install-recommends
 
 .DEFAULT_GOAL := help
-.PHONY: help env mariadb lint test test-salt demo demo-up demo-down bench clean
+.PHONY: help env mariadb lint test test-salt test-faults demo demo-up demo-down bench clean
 
 help: ## List the targets
 	@echo "Two to begin with: make demo, make test."
@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml Makefile tools/find-python tools/timelib/pyproject.toml
 	@touch $@
 
 # mariadb-install-db calls my_print_defaults, which Debian has put into the client's package. Older Ubuntu releases put
-# the version into the packages' names.
+# the version into the packages' names. galera-4 is for the tests of a Galera node, which are skipped without it.
 mariadb: ## Make sure that the MariaDB server's programs are installed
 	@{ command -v mariadbd && command -v mariadb-install-db && command -v my_print_defaults; } >/dev/null || { \
 	    { command -v apt-get && command -v $(or $(SUDO),true); } >/dev/null || { \
@@ -59,6 +59,7 @@ mariadb: ## Make sure that the MariaDB server's programs are installed
 	                sed 's/^mariadb-server-core-\([0-9.]*\).*/\1/' | sort -V | tail -n 1); \
 	            $(APT_INSTALL) "mariadb-server-core-$$version" "mariadb-client-core-$$version"; \
 	        }; \
+	        $(APT_INSTALL) galera-4 || true; \
 	    }; \
 	}
 
@@ -72,6 +73,9 @@ test: env mariadb lint ## Run everything: lint, unit, integration and system tes
 
 test-salt: env mariadb ## Run the system tests alone, as in: make test-salt SALT=3006
 	$(PY) -m pytest tests/system $(ARGS)
+
+test-faults: env mariadb ## Run the whole fault suite: outages, crashes, bad rows, gaps, full disks (15 minutes)
+	HYPOTHESIS_PROFILE=faults $(PY) -m pytest --long -m faults
 
 demo: env mariadb ## See it work: a database, a master, two minions, real jobs, then the rows; stops at the end
 	@$(PY) -m demo

@@ -11,9 +11,13 @@ Look at and steer the running ``mysql_jobcache`` engine of this master.
     salt-run mysql_jobcache.flush
     salt-run mysql_jobcache.reload
     salt-run mysql_jobcache.test_connection
+    salt-run mysql_jobcache.reconcile
+    salt-run mysql_jobcache.dead_letters
+    salt-run mysql_jobcache.retry all
 """
 
 import functools
+import sys
 
 try:
     from salt_mysql_engine import verbs
@@ -92,3 +96,67 @@ def test_connection():
         salt-run mysql_jobcache.test_connection
     """
     return verbs.test_connection(__opts__)
+
+
+@_clearly
+def reconcile(since=None):
+    """
+    Compare the master's job cache with the database, and write what is missing there: after a restored
+    backup, for instance. The engine does it by itself after a start, after a gap on the bus, and on a timer.
+
+    since
+        Only jobs of which something was stored since then: ``2h`` (or ``30m``, ``1d``) ago, a UTC date with or
+        without a time, or a jid. The default is all that the job cache holds.
+
+    .. code-block:: bash
+
+        salt-run mysql_jobcache.reconcile
+        salt-run mysql_jobcache.reconcile since=2h
+    """
+    return verbs.reconcile(__opts__, since, _show)
+
+
+def _show(line):
+    # For people alone: a program reads what the function returns.
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{line}\033[K")
+        sys.stderr.flush()
+
+
+@_clearly
+def dead_letters(show=None, delete=None, export=None, limit=50):
+    """
+    What did not become a row: refused by the database, or not confirmed by the master's job cache. Lists the newest
+    ``limit``, oldest of them first.
+
+    show
+        The ``seq`` of one, to see it whole.
+    delete
+        The ``seq`` of one, or ``all``. The books count it as dropped.
+    export
+        A file to create, with all of them as JSON lines.
+
+    .. code-block:: bash
+
+        salt-run mysql_jobcache.dead_letters
+        salt-run mysql_jobcache.dead_letters show=1042
+        salt-run mysql_jobcache.dead_letters export=/root/letters.jsonl
+        salt-run mysql_jobcache.dead_letters delete=all
+    """
+    return verbs.dead_letters(__opts__, show=show, delete=delete, export=export, limit=limit)
+
+
+@_clearly
+def retry(which, trust=False):
+    """
+    Try dead letters again: one by its ``seq``, or ``all``.
+
+    trust
+        Store what the master's job cache does not confirm: you have looked at it.
+
+    .. code-block:: bash
+
+        salt-run mysql_jobcache.retry all
+        salt-run mysql_jobcache.retry 1042 trust=True
+    """
+    return verbs.retry(__opts__, which, trust)

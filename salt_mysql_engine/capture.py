@@ -33,7 +33,8 @@ InJournal = Callable[..., Awaitable[Any]]
 
 
 class Capture:
-    """Between the bus and the journal. ``on_append`` is told the size of each group that is on disk."""
+    """Between the bus and the journal. ``on_append`` is told the size of each group that is on disk, and ``on_loss``
+    that something was dropped, once there is room again."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Capture:
         selection: records.Selection,
         *,
         on_append: Callable[[int, int], None],
+        on_loss: Callable[[], None] = lambda: None,
     ) -> None:
         self.selection = selection
         self.dropped = 0
@@ -50,6 +52,8 @@ class Capture:
         self._journal = journal
         self._in_journal = in_journal
         self._on_append = on_append
+        self._on_loss = on_loss
+        self._lost = False
         self._held: list[NewEvent] = []
         self._bytes = 0
         self._full = asyncio.Event()
@@ -108,7 +112,7 @@ class Capture:
             self._some.clear()
             self._full.clear()
             try:
-                await self._in_journal(lambda: self._journal.append(group, dropped=dropped))
+                taken = await self._in_journal(lambda: self._journal.append(group, dropped=dropped))
             except sqlite3.Error:
                 self._held = group + self._held
                 self.dropped += dropped
@@ -116,8 +120,13 @@ class Capture:
                 raise
             self._bytes -= size
         self.last_error = ""
-        if group:
-            self._on_append(len(group), size)
+        if taken:
+            self._on_append(taken, size)
+        if dropped or self._journal.full:
+            self._lost = True
+        elif self._lost:
+            self._lost = False
+            self._on_loss()
 
     def _say(self, message: str) -> None:
         if message != self.last_error:

@@ -19,7 +19,7 @@ import pymysql
 from pymysql.constants import CLIENT, CR, ER, SERVER_STATUS
 
 from . import tls
-from .errors import DatabaseError, OperatorNeeded, RowsRejected, ServerUnavailable, SettingsError
+from .errors import AnswerTimeout, DatabaseError, OperatorNeeded, RowsRejected, ServerUnavailable, SettingsError
 from .settings import Connection
 
 log = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ class Session:
             result = await asyncio.wait_for(work, self.statement_timeout)
         except asyncio.TimeoutError:
             self.close()
-            raise ServerUnavailable(f"{self.host}: no answer within {self.statement_timeout:g} s") from None
+            raise AnswerTimeout(f"{self.host}: no answer within {self.statement_timeout:g} s") from None
         except Exception as exc:
             error = translate(exc, self.host)
             if not isinstance(error, RowsRejected) or not self.usable:
@@ -246,11 +246,7 @@ class Database:
         Raises:
             DatabaseError: no host took us; the error of the last one, with those of the others.
         """
-        try:
-            to = self._login()
-            context = tls.context(to)
-        except SettingsError as exc:
-            raise OperatorNeeded(str(exc)) from exc
+        to, context = self._how()
         problems: list[DatabaseError] = []
         hosts = to.hosts[:1] if to.unix_socket else to.hosts
         for host in sorted(hosts, key=lambda host: _name(to, host) == self._failed):
@@ -261,6 +257,38 @@ class Database:
         # If any host needs a person, say that: waiting does not mend it.
         worst = next((problem for problem in problems if isinstance(problem, OperatorNeeded)), problems[-1])
         raise type(worst)("; ".join(dict.fromkeys(str(problem) for problem in problems))) from worst
+
+    def is_first(self, host: str) -> bool:
+        """Whether ``host`` (a session's) is the one that ``mysql.host`` names first."""
+        to, _ = self._how()
+        return host == _name(to, to.hosts[0])
+
+    async def open_first(self) -> Session:
+        """A new session on the first host alone, when that takes rows.
+
+        Raises:
+            DatabaseError: it did not take us, or can only be read.
+        """
+        to, context = self._how()
+        session = await self._open(to, to.hosts[0], context)
+        try:
+            ((read_only,),) = await session.query("SELECT @@GLOBAL.read_only")
+            await session.rollback()
+        except BaseException:
+            session.close()
+            raise
+        if read_only:
+            session.close()
+            raise ServerUnavailable(f"{session.host} is read-only")
+        self._failed = ""
+        return session
+
+    def _how(self) -> tuple[Connection, ssl.SSLContext | None]:
+        try:
+            to = self._login()
+            return to, tls.context(to)
+        except SettingsError as exc:
+            raise OperatorNeeded(str(exc)) from exc
 
     def failed(self, host: str) -> None:
         """``host`` (a session's) took our login but not our rows, like a demoted primary: try it last."""
@@ -288,7 +316,8 @@ class Database:
         except asyncio.TimeoutError:
             connection.close()
             raise ServerUnavailable(f"{name}: no login within {self.connect_timeout:g} s") from None
-        except DatabaseError:
+        except (DatabaseError, asyncio.CancelledError):  # aiomysql itself closes after neither
+            connection.close()
             raise
         except Exception as exc:  # a server that speaks something else makes the driver raise anything
             connection.close()

@@ -15,27 +15,32 @@ import gc
 import logging
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import __version__, settings
+from . import __version__, records, settings
 from .batcher import Limits
 from .bus import BusReader
 from .capture import Capture
-from .control import Control, socket_path
+from .control import Control, Verb, socket_path
 from .database import Database
 from .errors import EngineError, SettingsError
-from .journal import Journal
+from .jobcache import JobCache
+from .journal import Caps, Journal
 from .pillar import OwnPillar
+from .reconcile import Reconciler
 from .records import Selection
 from .settings import Connection
+from .verify import Verifier
 from .writer import Writer
 
 log = logging.getLogger(__name__)
 
+_TEND_SECONDS, _TEND_STEP_SECONDS = 10.0, 0.2
 _STOP_SECONDS = 3.0
 """Salt kills an engine 5 s after SIGTERM (``wait_for_kill``, salt/master.py 3006-3008)."""
 
@@ -68,6 +73,7 @@ class Engine:
         self._started_at = time.time()
         self._stop = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "mysql_jobcache journal")
+        self._cache_thread = concurrent.futures.ThreadPoolExecutor(1, "mysql_jobcache job cache")
         self._journal = Journal(Path(self._opts["cachedir"]) / "mysql_jobcache")
         self._database = Database(
             self._login,
@@ -75,9 +81,42 @@ class Engine:
             statement_timeout=self._settings.statement_timeout,
         )
         selection = self._selection()
-        self._writer = Writer(self._journal, self._in_journal, self._database, selection, _limits(self._settings))
-        self._capture = Capture(self._journal, self._in_journal, selection, on_append=self._writer.announce)
-        self._bus = BusReader(self._opts, on_event=self._capture.on_event, on_gap=lambda: None)
+        self._cache = JobCache(self._opts) if JobCache.is_kept(self._opts) else None
+        self._verifier = Verifier(
+            self._journal,
+            self._in_journal,
+            self._cache,
+            self._in_cache,
+            selection,
+            on_confirmed=lambda events, size: self._writer.announce(events, size),
+        )
+        self._writer = Writer(
+            self._journal, self._in_journal, self._verifier, self._database, selection, _limits(self._settings)
+        )
+        self._capture = Capture(
+            self._journal,
+            self._in_journal,
+            selection,
+            on_append=self._writer.announce,
+            on_loss=lambda: self._ask_reconcile("events that were dropped", 0.0),
+        )
+        self._reconciler = (
+            Reconciler(
+                self._journal,
+                self._in_journal,
+                self._cache,
+                self._in_cache,
+                self._database,
+                selection,
+                keep_seconds=float(self._opts.get("keep_jobs_seconds", 86_400)),
+                on_append=self._writer.announce,
+            )
+            if self._cache
+            else None
+        )
+        self._bus = BusReader(
+            self._opts, on_event=self._capture.on_event, on_gap=lambda: self._ask_reconcile("a gap on the bus")
+        )
         self._apply(self._settings)
 
     async def run(self) -> None:
@@ -92,13 +131,25 @@ class Engine:
         log.info(
             "mysql_jobcache %s: journal %s, %d events pending", __version__, self._journal.path, self._journal.pending
         )
-        verbs = {"status": self.status, "flush": self.flush, "reload": self.reload}
+        verbs: dict[str, Verb] = {
+            "status": self.status,
+            "flush": self.flush,
+            "reload": self.reload,
+            "reconcile": self.reconcile,
+            "reconcile_progress": self.reconcile_progress,
+            "dead_letters": self.dead_letters,
+            "delete_dead_letters": self.delete_dead_letters,
+            "retry": self.retry,
+        }
         tasks = {
             name: asyncio.create_task(work, name=f"mysql_jobcache {name}")
             for name, work in {
                 "bus": self._bus.run(),
                 "capture": self._capture.run(),
                 "writer": self._writer.run(),
+                "verifier": self._verifier.run(),
+                "reconcile": self._reconciler.run() if self._reconciler else asyncio.Event().wait(),
+                "tend": self._tend(),
                 "control": Control(socket_path(self._opts), verbs).run(),
                 "pillar": self._refresh(),
                 "stop": self._stop.wait(),
@@ -128,6 +179,7 @@ class Engine:
         finally:
             await _end(*tasks.values())
             await self._in_journal(self._journal.close)
+            self._cache_thread.shutdown(wait=False)
             self._thread.shutdown(wait=False)
         log.info("mysql_jobcache stopped; %d events wait in the journal", self._journal.pending)
 
@@ -156,6 +208,9 @@ class Engine:
             "journal": {
                 "path": str(self._journal.path),
                 "bytes": self._journal.size_on_disk,
+                "used_bytes": self._journal.used_bytes,
+                "full": self._journal.full,
+                "salvaged": self._journal.salvaged or None,
                 "events_in_memory": self._capture.held,
                 "error": self._capture.last_error or None,
             },
@@ -172,8 +227,14 @@ class Engine:
                     "events": len(lags),
                 },
             },
+            "returns": {
+                "verified": self._verifier.enabled,
+                "waiting": self._verifier.waiting,
+                "corrected": self._verifier.corrected,
+            },
+            "reconcile": self._reconcile_status(),
             "settings": self._settings.report(),
-            "settings_problems": [*self._config_problems, *filter(None, [self._pillar_problem])],
+            "settings_problems": [*self._config_problems, *filter(None, [self._pillar_problem, self._verify_problem])],
         }
 
     async def flush(self, seconds: float = 30.0) -> dict[str, Any]:
@@ -202,6 +263,89 @@ class Engine:
         if self._pillar_problem:
             raise EngineError(f"{self._pillar_problem}. The last good settings stay.")
         return self._settings.report()
+
+    async def reconcile(self, since: float | None = None) -> dict[str, Any]:
+        """Begins a pass over the job cache, all of it or from ``since`` on (seconds since the epoch).
+
+        Raises:
+            EngineError: the master keeps no local job cache.
+        """
+        if self._reconciler is None:
+            raise EngineError(
+                "this master keeps no local job cache to compare with (master_job_cache: local_cache, job_cache: true, "
+                "no ext_job_cache)"
+            )
+        self._reconciler.ask("request", since or 0.0)
+        return {"passes": self._reconciler.passes}
+
+    async def reconcile_progress(self) -> dict[str, Any]:
+        """The pass that runs now, and the last one."""
+        return self._reconcile_status() or {}
+
+    def _reconcile_status(self) -> dict[str, Any] | None:
+        if self._reconciler is None:
+            return None
+        now, last = self._reconciler.now, self._reconciler.last
+        return {
+            "passes": self._reconciler.passes,
+            "running": now.report() if now else None,
+            "last": last.report() if last else None,
+        }
+
+    def _ask_reconcile(self, reason: str, since: float | None = None) -> None:
+        if self._reconciler is not None:
+            self._reconciler.ask(reason, since)
+
+    async def dead_letters(
+        self, after: int = 0, seq: int | None = None, limit: int = 100, newest: bool = False, brief: bool = False
+    ) -> list[dict[str, Any]]:
+        """Dead letters in the order of their ``seq``; ``brief``: without what they hold."""
+        letters = await self._in_journal(
+            lambda: self._journal.dead_letters(after=after, seq=seq, limit=limit, newest=newest)
+        )
+        return [
+            {
+                "seq": letter.seq,
+                "captured_at": _moment(letter.captured_at),
+                "failed_at": _moment(letter.failed_at),
+                "jid": letter.jid,
+                "minion": letter.minion,
+                "reason": letter.reason,
+                "error": letter.error,
+                **({} if brief else records.describe(letter.body)),
+            }
+            for letter in letters
+        ]
+
+    async def delete_dead_letters(self, seq: int | None = None) -> dict[str, int]:
+        """Drops one dead letter, or all."""
+        return {"deleted": await self._in_journal(self._journal.delete_dead_letters, seq)}
+
+    async def retry(self, seq: int | None = None, trust: bool = False) -> dict[str, int]:
+        """Makes one dead letter, or all, pending again."""
+        again = await self._in_journal(lambda: self._journal.retry_dead_letters(seq, trusted=trust))
+        self._writer.announce(again, 0)
+        return {"retried": again}
+
+    async def _tend(self) -> None:
+        """Keeps the journal small, and sees to it that what a corrupt one lost comes back."""
+        salvaged = ""
+        while True:
+            await asyncio.sleep(_TEND_SECONDS)
+            more = True
+            while more:
+                try:
+                    more = await self._in_journal(self._journal.tend, time.time())
+                except sqlite3.Error as exc:
+                    log.debug("The journal cannot be tended now: %s", exc)
+                    more = False
+                await asyncio.sleep(_TEND_STEP_SECONDS)
+            if self._journal.salvaged != salvaged:
+                salvaged = self._journal.salvaged
+                self._ask_reconcile("a corrupt journal", 0.0)
+
+    async def _in_cache(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._cache_thread, function, *args)
 
     async def _in_journal(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
@@ -236,7 +380,27 @@ class Engine:
         self._settings = new
         self._database.connect_timeout = new.connect_timeout
         self._database.statement_timeout = new.statement_timeout
-        self._capture.selection = self._writer.selection = self._selection()
+        selection = self._selection()
+        self._capture.selection = self._writer.selection = self._verifier.selection = selection
+        self._journal.caps = Caps(
+            new.journal_max_bytes,
+            new.journal_max_age_hours * 3600,
+            new.journal_full == "drop_oldest",
+            new.dead_letters_max,
+        )
+        self._verifier.enabled = self._cache is not None and new.verify_returns is not False
+        self._verifier.wait_seconds = new.verify_wait_seconds
+        self._verify_problem = ""
+        if new.verify_returns is True and self._cache is None:
+            self._verify_problem = (
+                "verify_returns: true needs the master's local job cache (master_job_cache: local_cache, job_cache: "
+                "true, no ext_job_cache); returns are stored without verification"
+            )
+            log.error("%s", self._verify_problem)
+        if self._reconciler is not None:
+            self._reconciler.selection = selection
+            self._reconciler.create_tables = new.schema == "create"
+            self._reconciler.retime(new.reconcile_interval_seconds)
         self._writer.batcher.limits = _limits(new)
         self._writer.create_tables = new.schema == "create"
         self._writer.store_events = bool(new.events)

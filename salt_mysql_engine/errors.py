@@ -54,6 +54,10 @@ class ServerUnavailable(DatabaseError):
     """The database server cannot take the batch now."""
 
 
+class AnswerTimeout(ServerUnavailable):
+    """The database server did not answer in time."""
+
+
 class OperatorNeeded(DatabaseError):
     """The database server refuses us until someone changes something."""
 

@@ -8,10 +8,12 @@ with ``event.send`` carries ``cmd: _minion_event`` and is never a return.
 
 from __future__ import annotations
 
+import base64
 import datetime
 import enum
 import fnmatch
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -29,6 +31,10 @@ MAX_NAME_CHARACTERS = 255
 """Width of ``salt_returns.id`` and ``salt_events.tag``. A minion's id is a file's name on the master, and no longer."""
 MAX_FUN_CHARACTERS = 255
 """Width of ``salt_returns.fun``; a longer list of functions is cut, and is whole in ``full_ret``."""
+
+TRIMMED = "VALUE_TRIMMED"
+"""What Salt puts in a value's place (salt/utils/dicttrim.py)."""
+_TRIMMED_BYTES = TRIMMED.encode()
 
 _JID = re.compile(r"\d{20}(_\d{1,10})?", re.ASCII)
 """salt/utils/jid.py 3008.3: 20 digits of UTC, and ``_`` + pid with ``unique_jid``."""
@@ -89,6 +95,7 @@ class Return(NamedTuple):
     """A row of ``salt_returns``; ``altered`` is UTC, ``YYYY-MM-DD HH:MM:SS.ffffff``.
 
     ``data`` is what :func:`synthesised_load` makes a ``jids`` row of, when no better one is known.
+    ``trimmed``: Salt replaced some of the value, and ``full_ret`` says so.
     """
 
     jid: str
@@ -99,6 +106,7 @@ class Return(NamedTuple):
     success: bool
     altered: str
     data: dict[str, Any]
+    trimmed: bool = False
 
 
 class Event(NamedTuple):
@@ -183,48 +191,129 @@ _FOUR_PARTS = {
 }
 
 
-def interpret(body: bytes, captured_at: float, selection: Selection) -> Record | Ignored:
-    """The rows that an event becomes, or why it becomes none.
+class Opened(NamedTuple):
+    """An event's parts: its tag, what that says (``None``: no job of anybody's), its payload.
 
-    ``captured_at`` (seconds since the epoch) is the row's time when the event has no ``_stamp``.
+    ``trimmed``: the payload has a value that Salt replaced, being larger than ``max_event_size``.
     """
+
+    tag: str
+    job: Tag | None
+    data: dict[str, Any]
+    trimmed: bool
+
+
+def open_event(body: bytes) -> Opened | Ignored:
+    """Takes an event's bytes apart."""
     raw_tag, _, payload = body.partition(SEPARATOR)
     try:
         tag = raw_tag.decode()
-        data = msgpack.unpackb(payload, strict_map_key=False, unicode_errors="surrogateescape", ext_hook=_extension)
+        data = unpack(payload)
     except (ValueError, TypeError, LookupError, RecursionError):  # msgpack's own are ValueErrors
         return Ignored.UNDECODABLE
     if not isinstance(data, dict):
         return Ignored.UNDECODABLE
+    return Opened(tag, parse_tag(tag), data, _TRIMMED_BYTES in payload and is_trimmed(data.get("return")))
+
+
+def with_payload(event: Opened, data: dict[str, Any]) -> Opened:
+    """The event with another payload."""
+    return event._replace(data=data, trimmed=is_trimmed(data.get("return")))
+
+
+def try_pack(tag: str, data: Mapping[str, Any]) -> bytes | None:
+    """The bytes of an event, as :func:`open_event` takes them apart; ``None``: nested deeper than msgpack packs."""
+    try:
+        payload = msgpack.packb(data, use_bin_type=True, unicode_errors="surrogateescape", default=_pack_default)
+        return tag.encode() + SEPARATOR + bytes(payload)
+    except (ValueError, TypeError, OverflowError):  # or a name that is not UTF-8
+        return None
+
+
+def describe(body: bytes) -> dict[str, Any]:
+    """An event for people and programs: ``tag`` and ``data``, in JSON's own types; else its ``bytes`` in base64."""
+    event = open_event(body)
+    if isinstance(event, Opened):
+        return {"tag": event.tag, "data": json.loads(jsontext.dumps(event.data))}
+    return {"bytes": base64.b64encode(body).decode()}
+
+
+def unpack(payload: bytes) -> Any:
+    """What Salt packed (``salt.payload.dumps``).
+
+    Raises:
+        ValueError, TypeError, LookupError, RecursionError: it was not Salt.
+    """
+    return msgpack.unpackb(payload, strict_map_key=False, unicode_errors="surrogateescape", ext_hook=_extension)
+
+
+def is_trimmed(value: Any) -> bool:
+    """Whether Salt replaced the value or a part of it (``trim_dict``, salt/utils/dicttrim.py: leaves of mappings)."""
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            todo += item.values()
+        elif item == TRIMMED and isinstance(item, str):
+            return True
+    return False
+
+
+def is_jid(text: Any) -> bool:
+    """Whether a text is the id of a job."""
+    return isinstance(text, str) and _JID.fullmatch(text) is not None
+
+
+def interpret(event: Opened, captured_at: float, selection: Selection) -> Record | Ignored:
+    """The rows that an event becomes, or why it becomes none.
+
+    ``captured_at`` (seconds since the epoch) is the row's time when the event has no ``_stamp``.
+    """
+    tag, job_tag, data, trimmed = event
     if selection.is_of_peer(data):
         return Ignored.PEER
     if len(tag) > MAX_NAME_CHARACTERS and selection.wants_event(tag):
         return Ignored.TOO_LONG
     altered = _altered(data.get("_stamp"), captured_at)
-    event = Event(tag, jsontext.dumps(data), altered) if selection.wants_event(tag) else None
-    job = _job_rows(parse_tag(tag), data, altered, selection)
+    stored = Event(tag, jsontext.dumps(data), altered) if selection.wants_event(tag) else None
+    job = _job_rows(job_tag, data, altered, selection, trimmed)
     if isinstance(job, Record):
-        return job if event is None else job._replace(event=event)
-    return job if event is None else Record(event=event)
+        return job if stored is None else job._replace(event=stored)
+    return job if stored is None else Record(event=stored)
 
 
-def _job_rows(tag: Tag | None, data: dict[str, Any], altered: str, selection: Selection) -> Record | Ignored:
+def refusal(tag: Tag | None, data: Mapping[str, Any], selection: Selection) -> Ignored | None:
+    """Why an event is no row of a job by what it says itself; ``None`` when it may be one."""
     if tag is None or not selection.wants_job(tag):
         return Ignored.SWITCHED_OFF
     if data.get("cmd") == "_minion_event":
         return Ignored.MINION_EVENT
     if tag.jid == "nocache":
         return Ignored.NOCACHE
-    if not _JID.fullmatch(tag.jid):
+    if not is_jid(tag.jid):
         return Ignored.BAD_JID
     if data.get("jid") != tag.jid:
         return Ignored.TAG_MISMATCH
-    if not _is_function(data.get("fun", "")):
+    if not is_function(data.get("fun", "")):
         return Ignored.WRONG_TYPE
     if selection.skips(data.get("fun", "")):
         return Ignored.SKIPPED_FUNCTION
     if tag.kind is _JOB_RETURN:
-        return _minion_return(tag, data, altered)
+        if data.get("id") != tag.minion or not tag.minion:
+            return Ignored.TAG_MISMATCH
+        if len(tag.minion) > MAX_NAME_CHARACTERS:
+            return Ignored.TOO_LONG
+    return None
+
+
+def _job_rows(
+    tag: Tag | None, data: dict[str, Any], altered: str, selection: Selection, trimmed: bool
+) -> Record | Ignored:
+    refused = refusal(tag, data, selection)
+    if refused is not None or tag is None:
+        return refused or Ignored.SWITCHED_OFF
+    if tag.kind is _JOB_RETURN:
+        return _minion_return(tag, data, altered, trimmed)
     if tag.kind is Kind.JOB_NEW:
         return _published_load(tag, data)
     if tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
@@ -235,11 +324,20 @@ def _job_rows(tag: Tag | None, data: dict[str, Any], altered: str, selection: Se
 def _published_load(tag: Tag, data: dict[str, Any]) -> Record | Ignored:
     if not data.keys() >= {"tgt", "fun", "arg", "minions"}:
         return Ignored.MISSING_KEY
+    load = published_load(data)
+    return Ignored.WRONG_TYPE if load is None else Record(load=Load(tag.jid, load))
+
+
+def published_load(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What ``jids`` gets of a publish, ``None`` where a type is wrong.
+
+    ``kwargs`` and ``ret`` are known to the job cache alone.
+    """
     minions, missing = data["minions"], data.get("missing", [])
     if not _is_texts(minions) or not _is_texts(missing) or not isinstance(data["tgt"], (str, list)):
-        return Ignored.WRONG_TYPE
+        return None
     load = {
-        "jid": tag.jid,
+        "jid": data["jid"],
         "tgt": data["tgt"],
         "tgt_type": data.get("tgt_type", "glob"),
         "fun": data["fun"],
@@ -248,14 +346,11 @@ def _published_load(tag: Tag, data: dict[str, Any]) -> Record | Ignored:
         "Minions": minions,
         "missing": missing,
     }
-    return Record(load=Load(tag.jid, load))
+    load.update({key: data[key] for key in ("kwargs", "ret") if key in data})
+    return load
 
 
-def _minion_return(tag: Tag, data: dict[str, Any], altered: str) -> Record | Ignored:
-    if data.get("id") != tag.minion or not tag.minion:
-        return Ignored.TAG_MISMATCH
-    if len(tag.minion) > MAX_NAME_CHARACTERS:
-        return Ignored.TOO_LONG
+def _minion_return(tag: Tag, data: dict[str, Any], altered: str, trimmed: bool) -> Record | Ignored:
     if "return" not in data:
         return Ignored.MISSING_KEY
     success = _success(data)
@@ -264,6 +359,11 @@ def _minion_return(tag: Tag, data: dict[str, Any], altered: str) -> Record | Ign
     full_ret = dict(data)  # what is added goes last, after what saltext.mysql would store
     for key, value in (("fun_args", []), ("success", success), ("retcode", retcode)):
         full_ret.setdefault(key, value)
+    if "trimmed" in data:  # a minion's own word must not look like ours, which stands last
+        full_ret["retcode"] = full_ret.pop("retcode")
+    if trimmed:
+        full_ret.pop("trimmed", None)
+        full_ret["trimmed"] = True
     return Record(
         ret=Return(
             tag.jid,
@@ -274,6 +374,7 @@ def _minion_return(tag: Tag, data: dict[str, Any], altered: str) -> Record | Ign
             success,
             altered,
             data,
+            trimmed,
         )
     )
 
@@ -407,7 +508,8 @@ def _dumps_around(key: str, value_json: str, data: dict[str, Any]) -> str:
     return f'{start}"{key}": {value_json}{end}'
 
 
-def _is_function(fun: Any) -> bool:
+def is_function(fun: Any) -> bool:
+    """Whether a value names a function, or several."""
     return isinstance(fun, str) or _is_texts(fun)
 
 
@@ -434,7 +536,19 @@ def _altered(stamp: Any, captured_at: float) -> str:
         else:
             if moment.year < 2038:  # the end of MySQL's TIMESTAMP
                 return moment.replace(tzinfo=None).isoformat(" ", "microseconds")
-    return datetime.datetime.fromtimestamp(captured_at, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
+    return utc(captured_at).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def utc(moment: float) -> datetime.datetime:
+    """Seconds since the epoch as a time."""
+    return datetime.datetime.fromtimestamp(moment, datetime.timezone.utc)
+
+
+def _pack_default(value: Any) -> Any:
+    """What msgpack does not know and :func:`unpack` gave: a datetime, as Salt packs it."""
+    if isinstance(value, datetime.datetime):
+        return msgpack.ExtType(_EXT_DATETIME, value.strftime("%Y%m%dT%H:%M:%S.%f").encode())
+    return str(value)
 
 
 def _extension(code: int, data: bytes) -> Any:

@@ -36,14 +36,14 @@ class Option:
     doc: str
     minimum: float | None = None
     maximum: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | bool, ...] = ()
     unit: str = ""
 
     @property
     def bounds(self) -> str:
         """The values that are allowed, for people."""
         if self.choices:
-            return " or ".join(self.choices)
+            return " or ".join(str(choice).lower() for choice in self.choices)
         if isinstance(self.default, bool):
             return "true or false"
         if isinstance(self.default, list):
@@ -59,7 +59,7 @@ class Option:
         """
         wrong = SettingsError(f"{name}: {value!r} is not allowed; it must be {self.bounds}")
         if self.choices:
-            if value not in self.choices:
+            if not any(type(value) is type(choice) and value == choice for choice in self.choices):  # 1 is not true
                 raise wrong
             return value
         if isinstance(self.default, bool):
@@ -122,6 +122,56 @@ OPTIONS: dict[str, Option] = {
         [],
         "Tags of events to store in salt_events, as globs, beside the job tables: what event_return would store.",
     ),
+    "verify_returns": Option(
+        "auto",
+        "true: a job or return becomes a row only once the master's own job cache holds it, and as that holds it; any "
+        "accepted minion can put another one's return on the bus, but not into the cache. auto: true where the master "
+        "keeps a local job cache (master_job_cache: local_cache, job_cache: true, no ext_job_cache), else false.",
+        choices=("auto", True, False),
+    ),
+    "verify_wait_seconds": Option(
+        10.0,
+        "How long a return may wait for its copy in the job cache, holding no other up; then it is a dead letter.",
+        0.1,
+        3600.0,
+        unit="seconds",
+    ),
+    "reconcile_interval_seconds": Option(
+        600.0,
+        "How often the master's job cache is compared with the database for what the bus did not bring; this also "
+        "happens after a start and after every gap on the bus. 0: only then.",
+        0.0,
+        86_400.0,
+        unit="seconds",
+    ),
+    "journal_max_bytes": Option(
+        2 * 1024**3,
+        "How large the journal's file may grow while the database is away.",
+        1024 * 1024,
+        1024**4,
+        unit="bytes",
+    ),
+    "journal_max_age_hours": Option(
+        0.0,
+        "Events that have waited longer are dropped, and counted. 0: none.",
+        0.0,
+        24.0 * 366,
+        unit="hours",
+    ),
+    "journal_full": Option(
+        "drop_newest",
+        "What a full journal gives up, counted: drop_newest: the events that come; drop_oldest: those that waited "
+        "longest. The job cache still has what came within keep_jobs_seconds, and reconcile brings it back.",
+        choices=("drop_newest", "drop_oldest"),
+    ),
+    "dead_letters_max": Option(
+        10_000,
+        "Dead letters that are kept, in a quarter of journal_max_bytes at most; beyond it the oldest are dropped, "
+        "and counted.",
+        0,
+        1_000_000,
+        unit="letters",
+    ),
     "pillar_refresh_seconds": Option(
         60.0,
         "How often the master's own pillar is compiled for these options.",
@@ -146,6 +196,13 @@ class Settings:
     wheel_jobs: bool
     skip_functions: list[str]
     events: list[str]
+    verify_returns: str | bool
+    verify_wait_seconds: float
+    reconcile_interval_seconds: float
+    journal_max_bytes: int
+    journal_max_age_hours: float
+    journal_full: str
+    dead_letters_max: int
     pillar_refresh_seconds: float
     sources: Mapping[str, Source]
 

@@ -59,6 +59,14 @@ def return_row(ret: Return) -> bytes:
     ).encode()
 
 
+def update_return(ret: Return) -> bytes:
+    """Puts a whole return in the place of a trimmed one."""
+    return (
+        f"UPDATE `salt_returns` SET `return` = {quote(ret.return_json)}, `full_ret` = {quote(ret.full_ret_json)} "
+        f"WHERE `jid` = {quote(ret.jid)} AND `id` = {quote(ret.id)}"
+    ).encode()
+
+
 def event_row(event: Event, master_id: str, event_key: bytes) -> bytes:
     """A row of ``salt_events``; ``event_key`` (16 bytes) makes a replayed row a duplicate."""
     return (
@@ -90,13 +98,27 @@ def select_loads(jids: Iterable[str]) -> bytes:
 
 
 def select_return_digests(keys: Iterable[tuple[str, str]]) -> bytes:
-    """A digest of what stands for some (jid, minion).
+    """A digest of what stands for some (jid, minion), and whether it holds a trimmed value.
 
     Pairs, not two lists: MySQL 8 gives up the index for lists whose product is over some 36,000
     (``range_optimizer_max_mem_size``), and reads the whole table instead.
     """
     pairs = " OR ".join(f"(`jid` = {quote(jid)} AND `id` = {quote(id_)})" for jid, id_ in keys)
-    return f"SELECT `jid`, `id`, SHA1(`return`) FROM `salt_returns` WHERE {pairs}".encode()
+    return (
+        f"SELECT `jid`, `id`, SHA1(`return`), `full_ret` LIKE '%, \"trimmed\": true}}' "
+        f"FROM `salt_returns` WHERE {pairs}"
+    ).encode()
+
+
+def select_returned(keys: Iterable[tuple[str, str]]) -> bytes:
+    """Which of some (jid, minion) have a row."""
+    pairs = " OR ".join(f"(`jid` = {quote(jid)} AND `id` = {quote(id_)})" for jid, id_ in keys)
+    return f"SELECT `jid`, `id` FROM `salt_returns` WHERE {pairs}".encode()
+
+
+def select_stored_loads(jids: Iterable[str]) -> bytes:
+    """The stored loads of some jids, as they are now."""
+    return f"SELECT `jid`, `load` FROM `jids` WHERE `jid` IN ({_list(jids)})".encode()
 
 
 def _list(texts: Iterable[str]) -> str:

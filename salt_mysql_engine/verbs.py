@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from . import control
 from .errors import EngineError, OperatorNeeded
 
-__all__ = ["EngineError", "flush", "reload", "status", "test_connection"]
+__all__ = ["EngineError", "dead_letters", "flush", "reconcile", "reload", "retry", "status", "test_connection"]
 
 _RELOAD_SECONDS = 60.0
 _LOGIN_SECONDS = 5.0
 _STATEMENT_SECONDS = 30.0
+_POLL_SECONDS = 0.2
+_BAR_CHARACTERS = 30
+_EXPORT_LETTERS = 20
 
 
 def status(opts: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,6 +43,103 @@ def flush(opts: Mapping[str, Any], timeout: Any) -> dict[str, Any]:
 def reload(opts: Mapping[str, Any]) -> dict[str, Any]:
     """Makes the running engine compile its pillar; gives the settings in effect."""
     return dict(control.ask(opts, "reload", timeout=_RELOAD_SECONDS))
+
+
+def reconcile(opts: Mapping[str, Any], since: Any, show: Callable[[str], None]) -> dict[str, Any]:
+    """Has the engine compare the job cache with the database, and waits for it; ``show`` gets lines of progress.
+
+    ``since``: ``2h`` ago, a UTC date, or a jid; ``None`` for all that the cache holds.
+
+    Raises:
+        EngineError: ``since`` is none of these, or the engine does not do it.
+    """
+    from .reconcile import parse_since
+
+    moment = None if since is None else parse_since(str(since), time.time())
+    before = control.ask(opts, "reconcile", since=moment)["passes"]
+    while True:
+        time.sleep(_POLL_SECONDS)
+        state = control.ask(opts, "reconcile_progress", timeout=30.0)
+        if state["passes"] > before and "request" in state["last"]["reason"]:
+            return dict(state["last"])
+        running = state["running"]
+        if running:
+            show(_progress_line(running))
+
+
+def _progress_line(running: Mapping[str, Any]) -> str:
+    if running["error"]:
+        return f"waiting: {running['error']}"
+    done, total = running["jobs"], max(1, running["total_jobs"])
+    filled = round(_BAR_CHARACTERS * min(done, total) / total)
+    added = running["loads_added"] + running["returns_added"]
+    return f"[{'#' * filled:<{_BAR_CHARACTERS}}] {done:,} of {total:,} jobs, {added:,} rows missing"
+
+
+def dead_letters(
+    opts: Mapping[str, Any], *, show: Any, delete: Any, export: Any, limit: Any
+) -> list[dict[str, Any]] | dict[str, Any]:
+    """Lists the newest dead letters; or shows one whole, exports all as JSON lines into a file, or deletes.
+
+    Raises:
+        EngineError: an argument cannot be used, or there is no such letter.
+    """
+    if show is not None:
+        found = control.ask(opts, "dead_letters", timeout=30.0, seq=_number("show", show))
+        if not found:
+            raise EngineError(f"there is no dead letter {show}")
+        return dict(found[0])
+    if delete is not None:
+        return dict(control.ask(opts, "delete_dead_letters", timeout=30.0, seq=_number_or_all("delete", delete)))
+    if export is not None:
+        return _export(opts, Path(str(export)))
+    count = _number("limit", limit)
+    letters = control.ask(opts, "dead_letters", timeout=30.0, limit=count, newest=True, brief=True)
+    return list(letters)
+
+
+def _export(opts: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    count, last = 0, 0
+    try:
+        # A new file, for nobody else's eyes: returns hold secrets.
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as exc:
+        raise EngineError(f"export: {path} cannot be created: {exc.strerror}") from exc
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        while letters := control.ask(opts, "dead_letters", timeout=60.0, after=last, limit=_EXPORT_LETTERS):
+            for letter in letters:
+                file.write(json.dumps(letter, ensure_ascii=False) + "\n")
+            count, last = count + len(letters), letters[-1]["seq"]
+    return {"exported": count, "path": str(path)}
+
+
+def retry(opts: Mapping[str, Any], which: Any, trust: Any) -> dict[str, Any]:
+    """Makes one dead letter, or all, pending again; with ``trust`` without the job cache's confirmation.
+
+    Raises:
+        EngineError: an argument cannot be used, or there is no such letter.
+    """
+    if not isinstance(trust, bool):
+        raise EngineError(f"trust: {trust!r} must be True or False")
+    seq = _number_or_all("the first argument", which)
+    done = dict(control.ask(opts, "retry", timeout=60.0, seq=seq, trust=trust))
+    if seq is not None and not done["retried"]:
+        raise EngineError(f"there is no dead letter {which}")
+    return done
+
+
+def _number(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise EngineError(f"{name}: {value!r} must be a number")
+    return int(value)
+
+
+def _number_or_all(name: str, value: Any) -> int | None:
+    if value == "all":
+        return None
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise EngineError(f"{name}: {value!r} must be the seq of a dead letter, or all")
+    return int(value)
 
 
 def test_connection(opts: Mapping[str, Any]) -> dict[str, Any]:

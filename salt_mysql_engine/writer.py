@@ -26,16 +26,17 @@ import logging
 import random
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 
 from . import jsontext, records, schema, sql
 from .batcher import Batcher, Limits
 from .capture import InJournal
 from .database import Database, Session
-from .errors import DatabaseError, OperatorNeeded, RowsRejected, Verdict
-from .journal import Entry, Journal, Settlement
+from .errors import AnswerTimeout, DatabaseError, OperatorNeeded, RowsRejected, Verdict
+from .journal import Journal, Settlement
 from .records import Return
+from .verify import Checked, Verifier
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ _BACKOFF_MAX = 30.0  # seconds
 _SAY_AGAIN_SECONDS = 60.0
 _PING_AFTER_SECONDS = 30.0
 _JOURNAL_RETRY_SECONDS = 1.0
+HOME_PROBE_SECONDS = 30.0
+"""How often the first of several hosts is tried while another one has our session."""
 
 
 class Item(NamedTuple):
@@ -74,6 +77,7 @@ class Writer:
         self,
         journal: Journal,
         in_journal: InJournal,
+        verifier: Verifier,
         database: Database,
         selection: records.Selection,
         limits: Limits,
@@ -95,8 +99,12 @@ class Writer:
         self.server_host = ""
         self._journal = journal
         self._in_journal = in_journal
+        self._verifier = verifier
         self._database = database
         self._session: Session | None = None
+        self._homeward: asyncio.Task[Session] | None = None
+        self._home_at = 0.0
+        self._at_home = True
         self._cursor = 0
         self._unread = 0
         self._unread_bytes = 0
@@ -138,6 +146,7 @@ class Writer:
                 await self._deliver(batch)
                 self._settled.set()
         finally:
+            await self._drop_probe()
             if self._session is not None:
                 self._session.close()
 
@@ -149,15 +158,12 @@ class Writer:
             self._unread = self._unread_bytes = 0
             room = self.batcher.room
             if room.batch_size > 0 and room.batch_bytes > 0:
-                entries = await self._journalled(
+                events, self._cursor, caught_up = await self._journalled(
                     functools.partial(
-                        self._journal.read, after=self._cursor, rows=room.batch_size, max_bytes=room.batch_bytes
+                        self._verifier.read, after=self._cursor, rows=room.batch_size, max_bytes=room.batch_bytes
                     )
                 )
-                self._take_in(entries, loop.time())
-                caught_up = (
-                    len(entries) < room.batch_size and sum(len(entry.body) for entry in entries) < room.batch_bytes
-                )
+                self._take_in(events, loop.time())
             else:
                 caught_up = False
             reason = self.batcher.due(loop.time(), asked=self._hurry.is_set())
@@ -167,6 +173,8 @@ class Writer:
             if caught_up:
                 if not self._news.is_set():  # else what a flush asks for may be in the news
                     self._hurry.clear()
+                if not len(self.batcher):
+                    self._settled.set()  # what a flush waits for may wait for the job cache
                 await self._wait(self.batcher.deadline)
 
     async def _wait(self, deadline: float | None) -> None:
@@ -180,18 +188,21 @@ class Writer:
         finally:
             handle.cancel()
 
-    def _take_in(self, entries: list[Entry], now: float) -> None:
+    def _take_in(self, events: list[Checked], now: float) -> None:
         wall = time.time()
-        for entry in entries:
-            item = self._item(entry)
+        for checked in events:
+            item = self._item(checked)
             # The journal keeps wall-clock time, which can be set back or on; age is at least 0.
-            self.batcher.add(item, size=item.size, since=now - max(0.0, wall - entry.captured_at))
-        if entries:
-            self._cursor = entries[-1].seq
+            self.batcher.add(item, size=item.size, since=now - max(0.0, wall - checked.entry.captured_at))
 
-    def _item(self, entry: Entry) -> Item:
+    def _item(self, checked: Checked) -> Item:
+        entry, event, error = checked
+        if error:
+            return Item(entry.seq, entry.captured_at, None, error=error)
+        if isinstance(event, records.Ignored):
+            return Item(entry.seq, entry.captured_at, event)
         try:
-            outcome = records.interpret(entry.body, entry.captured_at, self.selection)
+            outcome = records.interpret(event, entry.captured_at, self.selection)
             if isinstance(outcome, records.Ignored):
                 return Item(entry.seq, entry.captured_at, outcome)
             return_row = sql.return_row(outcome.ret) if outcome.ret else b""
@@ -219,31 +230,37 @@ class Writer:
                     await self._deliver(batch[middle:])
                     return
                 log.error("The database refuses an event, which goes to the dead letters: %s", exc)
-                await self._settle(Settlement([batch[0].seq], {}, {batch[0].seq: str(exc)}))
+                await self._settle(Settlement([batch[0].seq], {}, {batch[0].seq: ("refused", str(exc))}))
                 return
             except DatabaseError as exc:
                 if self._session is not None and not self._session.usable:
                     self._database.failed(self._session.host)
                 await self._back_off(exc, attempt)
                 attempt += 1
+                if isinstance(exc, AnswerTimeout) and attempt > 1 and len(batch) > 1:
+                    # The link may be too slow for so much at once.
+                    middle = len(batch) // 2
+                    await self._deliver(batch[:middle])
+                    await self._deliver(batch[middle:])
+                    return
                 continue
             if self.failing:
                 log.warning("The database at %s takes rows again", self.server_host)
                 self.failing = False
-            dead = {item.seq: item.error for item in batch if item.error}
-            await self._settle(Settlement([item.seq for item in batch], fates, dead))
+            dead = {item.seq: ("fault", item.error) for item in batch if item.error}
+            await self._settle(Settlement([item.seq for item in batch], fates, dead, _trimmed(batch)))
             now = time.time()
             self.lags.extend(now - item.captured_at for item in batch)
             return
 
     async def _settle(self, settlement: Settlement) -> None:
-        await self._journalled(lambda: self._journal.settle(settlement))
+        await self._journalled(lambda: self._in_journal(self._journal.settle, settlement))
 
-    async def _journalled(self, work: Callable[[], Any]) -> Any:
+    async def _journalled(self, work: Callable[[], Awaitable[Any]]) -> Any:
         """Does ``work`` in the journal, as often as it takes: a full disk or a lock must not end the engine."""
         while True:
             try:
-                return await self._in_journal(work)
+                return await work()
             except sqlite3.Error as exc:
                 self.fault = Fault(time.time(), f"the journal {self._journal.path}: {exc}")
                 if self._said.message != self.fault.message:
@@ -299,10 +316,10 @@ class Writer:
                 await session.ping()
             except DatabaseError as exc:
                 log.debug("The idle connection was closed by the server: %s", exc)
-        if session is None or not session.usable:
-            session = self._session = await self._database.open()
-            self.server_version, self.server_host = session.server_version, session.host
-            self.tables_known = False
+        if session is not None and session.usable:
+            session = await self._come_home(session)
+        else:
+            session = await self._use(await self._database.open())
         if not self.tables_known:
             created = await schema.ensure(session, create=self.create_tables, events=self.store_events)
             if created:
@@ -310,6 +327,56 @@ class Writer:
             self.tables_known = True
         session.check_escapes()
         return session
+
+    async def _use(self, session: Session) -> Session:
+        await self._drop_probe()
+        self._session = session
+        self._at_home = self._database.is_first(session.host)
+        self._home_at = asyncio.get_running_loop().time() + HOME_PROBE_SECONDS
+        self.server_version, self.server_host = session.server_version, session.host
+        self.tables_known = False
+        return session
+
+    async def _come_home(self, session: Session) -> Session:
+        """The session on the first host of ``mysql.host`` once that takes rows again; it is tried beside our work."""
+        now = asyncio.get_running_loop().time()
+        if self._homeward is None:
+            if not self._at_home and now >= self._home_at:
+                self._home_at = now + HOME_PROBE_SECONDS
+                self._homeward = asyncio.create_task(self._open_home(), name="mysql_jobcache first host")
+            return session
+        if not self._homeward.done():
+            return session
+        probe, self._homeward = self._homeward, None
+        try:
+            home = probe.result()
+        except DatabaseError as exc:
+            log.debug("The first database host cannot be gone back to: %s", exc)
+            return session
+        if home.idle_seconds > _PING_AFTER_SECONDS:  # it waited long for this batch, and may be gone
+            home.close()
+            return session
+        log.warning("The first database host %s takes rows again; going back to it from %s", home.host, session.host)
+        session.close()
+        return await self._use(home)
+
+    async def _open_home(self) -> Session:
+        session = await self._database.open_first()
+        try:
+            await schema.ensure(session, create=self.create_tables, events=self.store_events)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    async def _drop_probe(self) -> None:
+        probe, self._homeward = self._homeward, None
+        if probe is None:
+            return
+        probe.cancel()
+        await asyncio.wait({probe}, timeout=1.0)  # before Python 3.12 wait_for() may swallow a cancellation
+        if probe.done() and not probe.cancelled() and not probe.exception():
+            probe.result().close()
 
     async def _write_rows(self, session: Session, items: list[Item]) -> tuple[int, int]:
         """Everything between BEGIN (implied by the first statement) and COMMIT; gives events written, conflicts."""
@@ -334,7 +401,8 @@ class Writer:
         inserted = await self._insert(session, sql.INSERT_RETURNS, rows, sql.KEEP_RETURNS)
         if inserted < len(firsts) or repeated:
             returns = [item.outcome.ret for item in firsts.values() if isinstance(item.outcome, records.Record)]
-            conflicts = await self._look_for_conflicts(session, [ret for ret in returns if ret] + repeated)
+            mended, conflicts = await self._compare(session, [ret for ret in returns if ret] + repeated)
+            written += mended
         await self._insert(session, sql.INSERT_EVENTS, extra_events, sql.KEEP_EVENTS)
         inserted += await self._insert(session, sql.INSERT_EVENTS, events, sql.KEEP_EVENTS)
         return written + inserted, conflicts
@@ -379,20 +447,31 @@ class Writer:
         )
         return changed
 
-    async def _look_for_conflicts(self, session: Session, returns: list[Return]) -> int:
-        """How many returns differ from the one that stands for their jid and minion."""
+    async def _compare(self, session: Session, returns: list[Return]) -> tuple[int, int]:
+        """Returns beside what stands for their jid and minion: how many whole ones took a trimmed one's place, and
+        how many others differ."""
         keys = sorted({(ret.jid, ret.id) for ret in returns})
-        stands: dict[tuple[str, str], str] = {}
+        stands: dict[tuple[str, str], tuple[str, bool]] = {}
         for start in range(0, len(keys), sql.MAX_KEYS):
             found = await session.query(sql.select_return_digests(keys[start : start + sql.MAX_KEYS]))
-            stands.update(((jid, id_), digest) for jid, id_, digest in found)
+            stands.update(((jid, id_), (digest, bool(trimmed))) for jid, id_, digest, trimmed in found)
+        mended: set[tuple[str, str]] = set()
+        differing: list[Return] = []
         for ret in returns:
-            if (ret.jid, ret.id) not in stands:
+            key = ret.jid, ret.id
+            if key not in stands:
                 raise RowsRejected(
                     f"{session.host}: the return of {ret.id!r} for jid {ret.jid} is kept out by another row, "
                     "through a unique key that is not (jid, id) or a collation that takes both ids for one"
                 )
-        differing = [ret for ret in returns if stands[ret.jid, ret.id] != _digest(ret)]
+            digest, trimmed = stands[key]
+            if digest == _digest(ret):
+                continue
+            if trimmed and not ret.trimmed and key not in mended:
+                await session.execute(sql.update_return(ret))
+                mended.add(key)
+            elif not ret.trimmed:
+                differing.append(ret)
         if differing:
             log.warning(
                 "%d returns differ from the one already stored, which stands; the first: jid %s, minion %s",
@@ -400,11 +479,19 @@ class Writer:
                 differing[0].jid,
                 differing[0].id,
             )
-        return len(differing)
+        return len(mended), len(differing)
 
 
 def _digest(ret: Return) -> str:
     return hashlib.sha1(ret.return_json.encode(), usedforsecurity=False).hexdigest()
+
+
+def _trimmed(batch: list[Item]) -> int:
+    """How many returns of the batch hold a value that Salt trimmed."""
+    return sum(
+        isinstance(item.outcome, records.Record) and item.outcome.ret is not None and item.outcome.ret.trimmed
+        for item in batch
+    )
 
 
 def _parsed(text: str) -> Any:

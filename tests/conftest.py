@@ -13,6 +13,19 @@ from tests.support.scratch import Scratch, scratch
 from tests.support.shipping import Shipping
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--long``: the whole fault suite."""
+    parser.addoption("--long", action="store_true", help="also run the tests marked long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that are marked long run only when asked for."""
+    if not config.getoption("--long"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(scope="session")
 def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
     """The session's server. A test may stop, kill or freeze it: its `database` mends that afterwards."""

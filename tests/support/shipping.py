@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import hashlib
+import os
 import shutil
 import sqlite3
 import time
@@ -23,9 +25,12 @@ from salt_mysql_engine import settings
 from salt_mysql_engine.batcher import Limits
 from salt_mysql_engine.capture import Capture
 from salt_mysql_engine.database import Database, Session
+from salt_mysql_engine.jobcache import JobCache
 from salt_mysql_engine.journal import Journal, NewEvent
-from salt_mysql_engine.records import Selection
+from salt_mysql_engine.reconcile import Reconciler
+from salt_mysql_engine.records import Kind, Opened, Selection, open_event, parse_tag
 from salt_mysql_engine.settings import Connection
+from salt_mysql_engine.verify import Verifier
 from salt_mysql_engine.writer import Writer
 
 MASTER: Final = "lab_master"
@@ -45,11 +50,21 @@ class DeadLetter(NamedTuple):
 class Shipping:
     """An engine's inside in `directory`, shipping to `mysql` (`mysql.*` options); `options` are the engine's own.
 
+    With a `cachedir` the job cache there confirms events, as `verify_returns` says; `reconcile` runs passes over it.
     With `paused=True` events stay in the journal, as they would if the engine were killed before it shipped them.
     """
 
     def __init__(
-        self, directory: Path, mysql: Mapping[str, Any], *, paused: bool = False, master: str = MASTER, **options: Any
+        self,
+        directory: Path,
+        mysql: Mapping[str, Any],
+        *,
+        paused: bool = False,
+        master: str = MASTER,
+        cachedir: Path | None = None,
+        reconcile: bool = False,
+        keep_seconds: float = 86_400.0,
+        **options: Any,
     ) -> None:
         values, problems = settings.parse(options)
         assert not problems, problems
@@ -61,16 +76,48 @@ class Shipping:
             self._login, connect_timeout=chosen.connect_timeout, statement_timeout=chosen.statement_timeout
         )
         limits = Limits(chosen.batch_size, chosen.batch_bytes, chosen.flush_interval)
-        self.writer = Writer(self.journal, self._in_journal, self.database, selection, limits)
+        cache = None
+        if cachedir is not None:
+            cache = JobCache({"cachedir": str(cachedir), "id": master, "hash_type": "sha256"})
+        self.verifier = Verifier(
+            self.journal,
+            self._in_journal,
+            cache,
+            self._in_cache,
+            selection,
+            on_confirmed=lambda events, size: self.writer.announce(events, size),
+        )
+        self.verifier.enabled = cachedir is not None and chosen.verify_returns is not False
+        self.verifier.wait_seconds = chosen.verify_wait_seconds
+        self.writer = Writer(self.journal, self._in_journal, self.verifier, self.database, selection, limits)
         self.writer.create_tables = chosen.schema == "create"
         self.writer.store_events = bool(chosen.events)
         self.capture = Capture(self.journal, self._in_journal, selection, on_append=self.writer.announce)
+        self.reconciler: Reconciler | None = None
+        if reconcile:
+            assert cache is not None
+            self.reconciler = Reconciler(
+                self.journal,
+                self._in_journal,
+                cache,
+                self._in_cache,
+                self.database,
+                selection,
+                keep_seconds=keep_seconds,
+                on_append=self.writer.announce,
+            )
+            self.reconciler.create_tables = self.writer.create_tables
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._cache_thread = concurrent.futures.ThreadPoolExecutor(1)
         self._paused = paused
         self._task: asyncio.Task[None] | None = None
+        self._beside: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Shipping:
         await self._in_journal(self.journal.open)
+        self._beside.append(asyncio.create_task(self.verifier.run(), name="verifier"))
+        if self.reconciler is not None:
+            self._beside.append(asyncio.create_task(self.reconciler.run(), name="reconciler"))
         if not self._paused:
             self._task = asyncio.create_task(self.writer.run(), name="writer")
         return self
@@ -79,6 +126,11 @@ class Shipping:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            for task in self._beside:
+                task.cancel()
+                (ended,) = await asyncio.gather(task, return_exceptions=True)
+                if error is None and not isinstance(ended, asyncio.CancelledError):
+                    raise AssertionError(f"the {task.get_name()} died") from ended
             if self._task is not None:
                 self._task.cancel()
                 (ended,) = await asyncio.gather(self._task, return_exceptions=True)
@@ -89,12 +141,16 @@ class Shipping:
         finally:
             await self._in_journal(self.journal.close)
             self._thread.shutdown()
+            self._cache_thread.shutdown()
 
     def _login(self) -> Connection:
         return Connection.from_opts(self.mysql)
 
     async def _in_journal(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    async def _in_cache(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._cache_thread, function, *args)
 
     async def open_session(self) -> Session:
         """A session of its own, as the writer would open it; the caller closes it."""
@@ -107,8 +163,13 @@ class Shipping:
         await self.capture.drain()
 
     async def take_at(self, captured_at: float, *bodies: bytes) -> None:
-        """Into the journal as if captured at another time; jid and minion are for people only."""
-        await self._in_journal(self.journal.append, [NewEvent(captured_at, "", "", body) for body in bodies])
+        """Into the journal as if captured at another time."""
+        tags = [parse_tag(body.partition(b"\n\n")[0].decode()) for body in bodies]
+        new = [
+            NewEvent(captured_at, tag.jid if tag else "", tag.minion if tag else "", body)
+            for tag, body in zip(tags, bodies, strict=True)
+        ]
+        await self._in_journal(self.journal.append, new)
         self.writer.wake()
 
     async def ship(self, *bodies: bytes) -> dict[str, Any]:
@@ -132,9 +193,37 @@ class Shipping:
         """Poll until `condition` holds."""
         deadline = time.monotonic() + timeout
         while not condition():
-            if time.monotonic() > deadline or self._task is None or self._task.done():
+            died = [task for task in (*self._beside, self._task) if task is not None and task.done()]
+            if time.monotonic() > deadline or died:
+                for task in died:
+                    task.result()
                 raise TimeoutError(f"{await self.books()}, last fault {self.fault!r}")
             await asyncio.sleep(0.01)
+
+    async def settled(self, *, timeout: float = PATIENCE) -> dict[str, Any]:
+        """Wait until nothing is pending, also of what waits for the job cache; gives the books."""
+        deadline = time.monotonic() + timeout
+        while self.journal.pending:
+            await self.drain(timeout=max(0.1, deadline - time.monotonic()))
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{await self.books()}, last fault {self.fault!r}")
+            await asyncio.sleep(0.01)
+        return await self.books()
+
+    async def reconcile(self, since: float | None = None, *, reason: str = "request") -> Any:
+        """Ask for a pass and wait for it; gives it."""
+        reconciler = self.reconciler
+        assert reconciler is not None
+        passes = reconciler.passes
+        reconciler.ask(reason, since)
+        await self.until(lambda: reconciler.passes > passes and reason in str(reconciler.last))
+        return reconciler.last
+
+    async def retry(self, seq: int | None = None, *, trust: bool = False) -> int:
+        """Make one dead letter, or all, pending again, as the runner's `retry` does."""
+        again = await self._in_journal(lambda: self.journal.retry_dead_letters(seq, trusted=trust))
+        self.writer.announce(again, 0)
+        return int(again)
 
     async def fail(self, times: int) -> None:
         """Wait until so many attempts failed; flushes that nobody waits for long cut the back-off short."""
@@ -163,10 +252,12 @@ class Shipping:
 
     async def books(self) -> dict[str, Any]:
         """The books, balanced: every captured event is in one place, and `pending` is what the file holds."""
-        books, in_file = await self._in_journal(lambda: (self.journal.books(), self._count("events")))
+        books, in_file = await self._in_journal(
+            lambda: (self.journal.books(), self._count("events") + self._count("waiting"))
+        )
         fates = [books[name] for name in ("written", "duplicates", "pending", "dead_letters")]
         assert books["captured"] == sum([*fates, *books["ignored"].values(), *books["dropped"].values()]), books
-        assert books["pending"] == in_file, books
+        assert books["pending"] == in_file, (books, in_file)
         return dict(books)
 
     def _count(self, table: str) -> int:
@@ -185,6 +276,79 @@ class Shipping:
             return connection.execute(statement).fetchall()
         finally:
             connection.close()
+
+
+class Cache:
+    """A master's job cache in `cachedir`, written as `local_cache` writes it (salt/returners/local_cache.py 3008.3)."""
+
+    def __init__(self, cachedir: Path, *, master: str = MASTER) -> None:
+        self.cachedir = cachedir
+        self.master = master
+
+    def folder(self, job: str) -> Path:
+        """Where a job's files are."""
+        digest = hashlib.sha256(job.encode()).hexdigest()
+        return self.cachedir / "jobs" / digest[:2] / digest[2:]
+
+    def job(self, job: str, load: Any = None, minions: Any = None, *, nocache: bool = False, at: float = 0.0) -> Path:
+        """A job's folder; `at`: when it changed, in seconds since the epoch."""
+        folder = self.folder(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "jid").write_text(job)
+        if nocache:
+            (folder / "nocache").touch()
+        if load is not None:
+            (folder / ".load.p").write_bytes(_packed(load))
+        if minions is not None:
+            (folder / ".minions.p").write_bytes(_packed(minions))
+        if at:
+            os.utime(folder, (at, at))
+        return folder
+
+    def returned(self, job: str, minion: str, value: Any, *, out: Any = None, at: float = 0.0, **more: Any) -> Path:
+        """A return's file, beside and renamed; the first one stands."""
+        folder = self.folder(job) / minion
+        file = folder / "return.p"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            (folder / "new").write_bytes(_packed({"return": value, **more}))
+            (folder / "new").rename(file)
+            if out is not None:
+                (folder / "out.p").write_bytes(_packed(out))
+            if at:
+                os.utime(file, (at, at))
+        return file
+
+    def accept(self, *bodies: bytes) -> None:
+        """What the master stores of genuine events."""
+        for body in bodies:
+            event = open_event(body)
+            assert isinstance(event, Opened)
+            assert event.job is not None
+            job, data = event.job.jid, event.data
+            if event.job.kind is Kind.JOB_NEW:
+                load = {key: data[key] for key in ("tgt", "tgt_type", "fun", "arg", "user", "jid")}
+                load |= {"cmd": "publish", "ret": "", "kwargs": {"delimiter": ":", "metadata": {"of": job}}}
+                self.job(job, load, data["minions"])
+                continue
+            if event.job.kind is Kind.JOB_RETURN:
+                if not self.folder(job).exists():  # a salt-call
+                    self.job(job, {**data, "arg": data["fun_args"], "tgt": data["id"], "tgt_type": "glob"})
+                kept = {key: data[key] for key in ("retcode", "success") if key in data}
+                self.returned(job, event.job.minion, data["return"], out=data.get("out"), **kept)
+                continue
+            value = {key: its for key, its in data.items() if key != "_stamp"}
+            load = {"id": self.master, "tgt": self.master, "jid": job, "return": value, "fun": data["fun"]}
+            self.job(job, {**load, "user": data["user"]})
+            self.returned(job, self.master, value)
+
+    def forget(self) -> None:
+        """All of it, as `clean_old_jobs` does after `keep_jobs_seconds`."""
+        shutil.rmtree(self.cachedir / "jobs", ignore_errors=True)
+
+
+def _packed(value: Any) -> bytes:
+    return bytes(msgpack.packb(value, use_bin_type=True, unicode_errors="surrogatepass"))
 
 
 def copy_journal(source: Path, target: Path) -> Path:

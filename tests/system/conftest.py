@@ -94,13 +94,16 @@ MakeSite = Callable[..., contextlib.AbstractContextManager[Site]]
 
 @pytest.fixture(scope="session")
 def site(mariadb: MariaDB, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The session's site: two minions, events ``my/app/*`` stored. Tests leave it as they found it."""
+    """The session's site: two minions, events ``my/app/*`` stored. Tests leave it as they found it.
+
+    Alpha sends values that are larger than what the master's bus carries.
+    """
     with scratch(mariadb) as database:
-        here = Site(tmp_path_factory.mktemp("site"), database, {}, events=["my/app/*"])
+        here = Site(tmp_path_factory.mktemp("site"), database, {}, events=["my/app/*"], verify_wait_seconds=2.0)
         with contextlib.ExitStack() as running:
             running.enter_context(here.master)
-            for name in ("alpha", "beta"):
-                here.minion(name).launch()
+            for name, config in (("alpha", {"max_event_size": 50_000_000}), ("beta", {})):
+                here.minion(name, config).launch()
                 running.callback(here.minions[name].stop)
             for minion in here.minions.values():
                 minion.wait_ready()

@@ -18,6 +18,8 @@ from tests.support.salt import SaltMaster
 from tests.system.conftest import ENGINE, PATIENCE, Site, ended
 from tests.system.test_jobs import forged
 
+pytestmark = pytest.mark.faults
+
 STOP_SECONDS = 4.0
 SERIES = int(importlib.metadata.version("salt").split(".")[0])
 
@@ -96,7 +98,7 @@ def test_with_mysql_away_jobs_go_on_and_everything_arrives_afterwards(make_site:
 
 @pytest.mark.smoke
 def test_a_stop_takes_under_four_seconds_and_keeps_every_captured_event(make_site: Callable[..., Site]) -> None:
-    site = make_site(batch_size=50)
+    site = make_site(batch_size=50, verify_returns=False)
     server = site.database.server
     with site.master:
         publishing = publish_returns(site.master, 0, 3000)
@@ -124,7 +126,7 @@ def test_a_stop_takes_under_four_seconds_and_keeps_every_captured_event(make_sit
 def test_an_engine_that_is_killed_ships_all_that_it_had_journalled_when_salt_starts_it_again(
     make_site: Callable[..., Site],
 ) -> None:
-    site = make_site(batch_size=50)
+    site = make_site(batch_size=50, verify_returns=False)
     server = site.database.server
     with site.master:
         publishing = publish_returns(site.master, 0, 3000)
@@ -145,7 +147,7 @@ def test_an_engine_that_is_killed_ships_all_that_it_had_journalled_when_salt_sta
 
 
 def test_a_stop_of_the_master_leaves_every_return_in_mysql_or_in_the_journal(make_site: Callable[..., Site]) -> None:
-    site = make_site(flush_interval=60.0)
+    site = make_site(flush_interval=60.0, verify_returns=False)
     with site.master:
         assert publish_returns(site.master, 0, 500).wait(PATIENCE) == 0
         wait_until(lambda: site.status()["books"]["captured"] >= 500, timeout=PATIENCE, what="500 events captured")
@@ -191,7 +193,7 @@ def logged(master: SaltMaster, sentence: str) -> bool:
 def test_what_only_a_person_can_mend_is_said_once_and_loses_nothing(
     make_site: Callable[..., Site], config: dict[str, str], sentence: str
 ) -> None:
-    site = make_site(config)
+    site = make_site(config, verify_returns=False)
     with site.master:
         assert publish_returns(site.master, 0, 10).wait(PATIENCE) == 0
         wait_until(lambda: logged(site.master, sentence), timeout=PATIENCE, what=sentence)

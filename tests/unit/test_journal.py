@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import logging
 import re
 import shutil
 import signal
@@ -11,9 +12,10 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -22,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from salt_mysql_engine import journal as journal_module
 from salt_mysql_engine.errors import JournalError
-from salt_mysql_engine.journal import Entry, Journal, NewEvent, Settlement
+from salt_mysql_engine.journal import Caps, DeadLetter, Entry, Journal, NewEvent, Settlement, Waiting
 
 
 @pytest.fixture
@@ -33,12 +35,17 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     opened.close()
 
 
-def events(count: int, *, body: bytes = b"body") -> list[NewEvent]:
-    return [NewEvent(1000.0 + n, f"jid{n}", f"minion{n}", body) for n in range(count)]
+def events(count: int, *, body: bytes = b"body", trusted: bool = False) -> list[NewEvent]:
+    return [NewEvent(1000.0 + n, f"jid{n}", f"minion{n}", body, trusted) for n in range(count)]
 
 
 def everything(journal: Journal) -> list[Entry]:
-    return journal.read(after=0, rows=10**6, max_bytes=10**9)
+    """All that is pending; taken for no batch by this look."""
+    return journal.read(after=0, rows=10**6, max_bytes=10**9, take=False)
+
+
+def all_seqs(journal: Journal) -> list[int]:
+    return [entry.seq for entry in everything(journal)]
 
 
 def balance(journal: Journal) -> int:
@@ -50,7 +57,26 @@ def balance(journal: Journal) -> int:
 
 def dead_letters(journal: Journal) -> list[tuple[object, ...]]:
     with closing(sqlite3.connect(journal.path)) as db:
-        return db.execute("SELECT seq, captured_at, jid, minion, body, error FROM dead_letters ORDER BY seq").fetchall()
+        return db.execute(
+            "SELECT seq, captured_at, jid, minion, body, reason, error FROM dead_letters ORDER BY seq"
+        ).fetchall()
+
+
+def tables(journal: Journal) -> dict[str, list[tuple[object, ...]]]:
+    """Every row of the file, by table, but for times of death."""
+    statements = {
+        "events": "SELECT * FROM events ORDER BY seq",
+        "waiting": "SELECT * FROM waiting ORDER BY seq",
+        "dead_letters": "SELECT seq, captured_at, jid, minion, body, error, reason FROM dead_letters ORDER BY seq",
+        "counters": "SELECT * FROM counters WHERE value <> 0 ORDER BY name",
+        "marks": "SELECT * FROM marks ORDER BY name",
+    }
+    with closing(sqlite3.connect(journal.path)) as db:
+        return {name: db.execute(statement).fetchall() for name, statement in statements.items()}
+
+
+def bury(journal: Journal, seqs: list[int], reason: str = "refused") -> None:
+    journal.settle(Settlement(seqs, {}, {seq: (reason, f"error {seq}") for seq in seqs}))
 
 
 def mode(path: Path) -> int:
@@ -64,7 +90,7 @@ def test_what_is_appended_is_read_back_oldest_first_as_it_was(journal: Journal) 
     given = [NewEvent(n / 7, "j", "m", bytes([n]) * n) for n in range(256)]
     journal.append(given)
     entries = everything(journal)
-    assert [entry[1:] for entry in entries] == [(event.captured_at, event.body) for event in given]
+    assert [entry[1:] for entry in entries] == [(event.captured_at, event.body, False) for event in given]
     assert (journal.pending, journal.oldest(), journal.oldest_seq()) == (256, 0.0, entries[0].seq)
     assert journal.newest_seq() == entries[-1].seq
 
@@ -107,7 +133,7 @@ def test_a_settlement_is_all_or_none(journal: Journal) -> None:
     journal.append(events(2))
     first, second = (entry.seq for entry in everything(journal))
     with pytest.raises(sqlite3.IntegrityError):
-        journal.settle(Settlement([first, second], {"written": 1, None: 1}, {first: "why"}))  # type: ignore[dict-item] # the point
+        journal.settle(Settlement([first, second], {"written": 1, None: 1}, {first: ("refused", "why")}))  # type: ignore[dict-item] # the point
     assert dead_letters(journal) == []
     assert [entry.seq for entry in everything(journal)] == [first, second]
     assert (journal.books()["written"], journal.pending, balance(journal)) == (0, 2, 0)
@@ -133,8 +159,8 @@ def test_a_dead_letter_keeps_its_event_and_gets_its_error(journal: Journal) -> N
     given = events(3)
     journal.append(given)
     seqs = [entry.seq for entry in everything(journal)]
-    journal.settle(Settlement(seqs[:2], {"written": 1}, {seqs[1]: "Data too long"}))
-    assert dead_letters(journal) == [(seqs[1], *given[1], "Data too long")]
+    journal.settle(Settlement(seqs[:2], {"written": 1}, {seqs[1]: ("refused", "Data too long")}))
+    assert dead_letters(journal) == [(seqs[1], *given[1][:4], "refused", "Data too long")]
     books = journal.books()
     assert (books["written"], books["dead_letters"], books["pending"], balance(journal)) == (1, 1, 1, 0)
 
@@ -163,50 +189,137 @@ def test_event_keys_are_the_same_after_reopening_and_no_other_journals(journal: 
 
 # Any sequence
 
-FATES = ("written", "duplicates", "ignored.peer", "ignored.nocache", "dead")
+FATES = ("written", "duplicates", "ignored.peer", "ignored.nocache", "refused", "fault")
+REASONS = ("refused", "fault")
 
 
 class JournalAgainstADict(RuleBasedStateMachine):
-    """``pending`` is the model: the event under each ``seq``; ``fates`` counts what became of the others."""
+    """``pending``, ``waiting`` and ``dead`` are the model: what is under each ``seq``; ``fates`` counts the others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.generation = 0
         self.pending: dict[int, NewEvent] = {}
-        self.dead: list[tuple[object, ...]] = []
+        self.waiting: dict[int, tuple[NewEvent, float]] = {}
+        self.dead: dict[int, tuple[NewEvent, str, str]] = {}
         self.fates: collections.Counter[str] = collections.Counter()
-        self.captured = self.highest = 0
+        self.marks: dict[str, float] = {}
+        self.captured = self.highest = self.verified = 0
         self.open()
 
     def open(self) -> None:
         self.journal = Journal(self.folder / str(self.generation))
         self.journal.open()
 
-    @rule(bodies=st.lists(st.binary(max_size=20), max_size=6), many=st.sampled_from([0, 0, 0, 300]))
-    def append(self, bodies: list[bytes], many: int) -> None:
-        given = [NewEvent(float(n), f"j{n}", "m", body) for n, body in enumerate(bodies + [b""] * many)]
-        self.journal.append(given)
-        self.captured += len(given)
-        new = self.journal.read(after=self.highest, rows=1000, max_bytes=10**6)
-        assert [entry[1:] for entry in new] == [(event.captured_at, event.body) for event in given]
+    def came(self, given: list[NewEvent]) -> None:
+        """These are new in the line, behind all others, under numbers never used before."""
+        new = self.journal.read(after=self.highest, rows=1000, max_bytes=10**6, take=False)
+        assert [(entry.captured_at, entry.body) for entry in new] == [
+            (event.captured_at, event.body) for event in given
+        ]
         for entry, event in zip(new, given, strict=True):
             assert entry.seq > self.highest, "a seq was used again"
             self.highest = entry.seq
             self.pending[entry.seq] = event
 
-    @rule(data=st.data(), skip=st.integers(0, 3), count=st.integers(1, 400))
-    def settle(self, data: st.DataObject, skip: int, count: int) -> None:
+    @rule(
+        bodies=st.lists(st.binary(max_size=20), max_size=6), many=st.sampled_from([0, 0, 0, 300]), trusted=st.booleans()
+    )
+    def append(self, bodies: list[bytes], many: int, trusted: bool) -> None:
+        given = [NewEvent(float(n), f"j{n}", "m", body, trusted) for n, body in enumerate(bodies + [b""] * many)]
+        assert self.journal.append(given) == len(given)
+        self.captured += len(given)
+        self.came(given)
+
+    @rule(data=st.data(), skip=st.integers(0, 3), count=st.integers(1, 400), trimmed=st.integers(0, 2))
+    def settle(self, data: st.DataObject, skip: int, count: int, trimmed: int) -> None:
         seqs = list(self.pending)[skip : skip + count]
         some = data.draw(st.lists(st.sampled_from(FATES), min_size=1, max_size=5))
         fates = dict(zip(seqs, itertools.cycle(some)))
-        dead = {seq: f"error {seq}" for seq, fate in fates.items() if fate == "dead"}
-        counts = collections.Counter(fate for fate in fates.values() if fate != "dead")
-        self.journal.settle(Settlement(seqs[::-1], counts, dead))
+        dead = {seq: (fate, f"error {seq}") for seq, fate in fates.items() if fate in REASONS}
+        counts = collections.Counter(fate for fate in fates.values() if fate not in REASONS)
+        self.journal.settle(Settlement(seqs[::-1], counts, dead, trimmed))
         self.fates += counts
-        self.dead += [(seq, *self.pending[seq], error) for seq, error in dead.items()]
+        self.fates["trimmed"] += trimmed
+        self.dead.update({seq: (self.pending[seq], *why) for seq, why in dead.items()})
         for seq in seqs:
             del self.pending[seq]
+
+    @rule(skip=st.integers(0, 3), count=st.integers(1, 400), gap=st.integers(1, 3), since=st.floats(0, 10**9))
+    def wait(self, skip: int, count: int, gap: int, since: float) -> None:
+        seqs = list(self.pending)[skip : skip + count : gap]
+        told = self.journal.wait([*seqs, self.highest + 7], since=since)
+        events = [self.pending.pop(seq) for seq in seqs]
+        assert told == [Waiting(seq, event.jid, "m", since) for seq, event in zip(seqs, events, strict=True)]
+        self.waiting.update({seq: (event, since) for seq, event in zip(seqs, events, strict=True)})
+
+    @rule(data=st.data())
+    def end_waiting(self, data: st.DataObject) -> None:
+        ends = dict(
+            zip(
+                self.waiting,
+                itertools.cycle(
+                    data.draw(
+                        st.lists(st.sampled_from(["confirmed", "dead", "ignored", "not yet"]), min_size=1, max_size=5)
+                    )
+                ),
+            )
+        )
+        chosen = {end: [seq for seq, its in ends.items() if its == end] for end in ("confirmed", "dead", "ignored")}
+        bodies = self.journal.bodies_of_waiting(list(self.waiting))
+        assert bodies == {seq: (event.captured_at, event.body) for seq, (event, _) in self.waiting.items()}
+        again = self.journal.end_waiting(
+            confirmed={seq: b"confirmed " + bodies[seq][1] for seq in chosen["confirmed"]},
+            dead={seq: f"error {seq}" for seq in chosen["dead"]},
+            ignored=dict.fromkeys(chosen["ignored"], "nocache"),
+        )
+        assert again == len(chosen["confirmed"])
+        ended = {seq: self.waiting.pop(seq)[0] for seqs in chosen.values() for seq in seqs}
+        self.came(
+            [ended[seq]._replace(body=b"confirmed " + ended[seq].body, trusted=True) for seq in chosen["confirmed"]]
+        )
+        self.dead.update({seq: (ended[seq], "unconfirmed", f"error {seq}") for seq in chosen["dead"]})
+        self.fates["ignored.nocache"] += len(chosen["ignored"])
+
+    @rule(which=st.integers(0, 5), every=st.booleans(), trusted=st.booleans())
+    def retry(self, which: int, every: bool, trusted: bool) -> None:
+        seqs = sorted(self.dead) if every else sorted(self.dead)[which : which + 1]
+        seq = None if every else seqs[0] if seqs else self.highest + 7
+        assert self.journal.retry_dead_letters(seq, trusted=trusted) == len(seqs)
+        self.came([self.dead.pop(seq)[0]._replace(trusted=trusted) for seq in seqs])
+
+    @rule(which=st.integers(0, 5), every=st.booleans())
+    def delete(self, which: int, every: bool) -> None:
+        seqs = sorted(self.dead) if every else sorted(self.dead)[which : which + 1]
+        seq = None if every else seqs[0] if seqs else self.highest + 7
+        assert self.journal.delete_dead_letters(seq) == len(seqs)
+        self.fates["dropped.dead_letter_deleted"] += len(seqs)
+        for seq in seqs:
+            del self.dead[seq]
+
+    @rule(count=st.integers(1, 400), gap=st.integers(1, 9))
+    def verify(self, count: int, gap: int) -> None:
+        seqs = [seq for seq in self.pending if seq > self.verified][:count]
+        if seqs:
+            replaced = dict.fromkeys(seqs[::gap], b"verified")
+            self.journal.verified(seqs[-1], replaced)
+            self.verified = seqs[-1]
+            self.pending.update({seq: self.pending[seq]._replace(body=body) for seq, body in replaced.items()})
+
+    @rule(name=st.sampled_from(["a", "b"]), value=st.floats(0, 10**10))
+    def mark(self, name: str, value: float) -> None:
+        self.journal.set_mark(name, value)
+        self.marks[name] = value
+
+    @rule()
+    def grow_too_old(self) -> None:
+        """Everything that nobody holds, but for what waits or is dead."""
+        self.journal.caps = Caps(max_age_seconds=60.0)
+        assert not self.journal.tend(10.0**6)
+        self.journal.caps = Caps()
+        self.fates["dropped.too_old"] += len(self.pending)
+        self.pending.clear()
 
     @rule(count=st.integers(0, 9))
     def drop(self, count: int) -> None:
@@ -231,17 +344,38 @@ class JournalAgainstADict(RuleBasedStateMachine):
 
     @invariant()
     def it_holds_what_the_model_holds(self) -> None:
-        assert [entry.seq for entry in everything(self.journal)] == list(self.pending)
-        assert self.journal.pending == len(self.pending)
+        assert everything(self.journal) == [
+            Entry(seq, event.captured_at, event.body, event.trusted or seq <= self.verified)
+            for seq, event in self.pending.items()
+        ]
+        assert self.journal.pending == len(self.pending) + len(self.waiting)
         assert self.journal.oldest_seq() == next(iter(self.pending), None)
         assert self.journal.newest_seq() == (list(self.pending) or [0])[-1]
-        assert dead_letters(self.journal) == sorted(self.dead)
+        assert self.journal.waiting() == [
+            Waiting(seq, event.jid, "m", since) for seq, (event, since) in sorted(self.waiting.items())
+        ]
+        assert dead_letters(self.journal) == [
+            (seq, *event[:4], reason, error) for seq, (event, reason, error) in sorted(self.dead.items())
+        ]
+        assert {name: self.journal.mark(name) for name in ("a", "b")} == {"a": None, "b": None} | self.marks
+        assert self.journal.verified_through == self.verified
+
+    @invariant()
+    def it_knows_whose_events_it_holds(self) -> None:
+        refused = [event for event, reason, _ in self.dead.values() if reason != "unconfirmed"]
+        here = {
+            event.jid for event in (*self.pending.values(), *(event for event, _ in self.waiting.values()), *refused)
+        }
+        assert self.journal.known([f"j{n}" for n in range(310)]) == {(jid, "m") for jid in here}
 
     @invariant()
     def the_books_balance(self) -> None:
         books = self.journal.books()
         assert (books["captured"], books["written"]) == (self.captured, self.fates["written"])
-        assert books["ignored"].get("peer", 0) == self.fates["ignored.peer"]
+        assert (books["waiting"], books["trimmed"]) == (len(self.waiting), self.fates["trimmed"])
+        for name, counted in (("ignored", books["ignored"]), ("dropped", books["dropped"])):
+            expected = {key.partition(".")[2]: n for key, n in self.fates.items() if key.startswith(name) and n}
+            assert counted == expected
         assert balance(self.journal) == 0
 
     def teardown(self) -> None:
@@ -250,7 +384,7 @@ class JournalAgainstADict(RuleBasedStateMachine):
 
 
 TestJournalAgainstADict = JournalAgainstADict.TestCase
-TestJournalAgainstADict.settings = hypothesis.settings(max_examples=40, stateful_step_count=25)
+TestJournalAgainstADict.settings = hypothesis.settings(max_examples=30, stateful_step_count=25)
 
 _SHIPPER = """
 import itertools, sys
@@ -340,16 +474,25 @@ def test_a_foreign_database_is_refused_and_left_as_it_is(tmp_path: Path) -> None
     assert path.read_bytes() == before
 
 
-def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_set_aside_as_it_is_and_named_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "journal.sqlite"
     path.write_bytes(b"precious text, not a database\n" * 100)
-    refuses(tmp_path, f"cannot open the journal {re.escape(str(path))}: file is not a database")
-    assert path.read_bytes() == b"precious text, not a database\n" * 100
+    journal = Journal(tmp_path)
+    journal.open()
+    journal.append(events(1))
+    assert (len(everything(journal)), balance(journal)) == (1, 0)
+    aside = Path(journal.salvaged)
+    assert aside.parent == tmp_path
+    assert aside.read_bytes() == b"precious text, not a database\n" * 100
+    assert journal.salvaged in caplog.text
+    journal.close()
 
 
 def test_a_place_where_no_folder_can_be_is_refused_as_a_journal_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    refuses(tmp_path / "file" / "mysql_jobcache", "cannot open the journal")
+    refuses(tmp_path / "file" / "mysql_jobcache", r"the journal's folder .*mysql_jobcache cannot be used: ")
 
 
 def refuses(directory: Path, message: str) -> None:
@@ -358,3 +501,381 @@ def refuses(directory: Path, message: str) -> None:
     done = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert re.search(rf"JournalError: .*{message}", done.stderr), done.stderr
+
+
+# Caps
+
+MIB = 1024 * 1024
+
+
+def dropped(journal: Journal) -> dict[str, int]:
+    return dict(journal.books()["dropped"])
+
+
+def fill(journal: Journal, *, groups: int = 10) -> int:
+    """Groups of 100 events of 4 KiB, 400 KiB each; how many were taken."""
+    return sum(journal.append(events(100, body=bytes(4000))) for _ in range(groups))
+
+
+@pytest.mark.parametrize("size", [10, 700, 2500, 4000, 50_000])
+def test_a_full_journal_keeps_to_its_bytes_and_counts_what_it_gave_up(journal: Journal, size: int) -> None:
+    journal.caps = Caps(max_bytes=2 * MIB)
+    given = [events(64, body=bytes(size)) for _ in range(6 * MIB // (64 * (size + 150)))]
+    taken = sum(journal.append(group) for group in given)
+    books = journal.books()
+    assert 0 < taken < 64 * len(given)
+    assert (books["captured"], books["pending"]) == (64 * len(given), taken)
+    assert (books["dropped"], balance(journal)) == ({"journal_full": 64 * len(given) - taken}, 0)
+    one_group = 64 * 2 * (size + 150)  # how full pages get is known after the fact
+    assert 2 * MIB - one_group <= journal.used_bytes <= 2 * MIB + one_group
+    assert journal.full
+
+
+def test_a_full_journal_drops_the_newest_and_says_so_once(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
+    journal.caps = Caps(max_bytes=MIB)
+    first = events(100, body=bytes(4000))
+    journal.append(first)
+    caplog.clear()
+    for _ in range(5):
+        fill(journal, groups=1)
+    assert [entry.captured_at for entry in everything(journal)][:100] == [event.captured_at for event in first]
+    errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(errors) == 1
+    assert f"holds journal_max_bytes ({MIB}): events that come are dropped" in errors[0]
+
+
+def test_a_full_journal_that_drops_the_oldest_holds_the_newest(
+    journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal.caps = Caps(max_bytes=MIB, drop_oldest=True)
+    for number in range(20):
+        assert journal.append([NewEvent(float(number), f"j{number}", "m", bytes(100_000))]) == 1
+    left = [entry.captured_at for entry in everything(journal)]
+    assert left == [float(number) for number in range(20 - len(left), 20)]
+    assert len(left) > 5
+    assert (dropped(journal), balance(journal)) == ({"journal_full": 20 - len(left)}, 0)
+    assert journal.used_bytes <= MIB
+    assert "the oldest events are dropped" in caplog.text
+
+
+def test_what_a_batch_holds_is_never_dropped_for_what_comes(journal: Journal) -> None:
+    journal.caps = Caps(max_bytes=MIB, max_age_seconds=1.0, drop_oldest=True)
+    journal.append(events(150, body=bytes(4000)))
+    batch = journal.read(after=0, rows=120, max_bytes=10 * MIB)
+    fill(journal)
+    journal.tend(10.0**6)
+    assert [entry for entry in everything(journal) if entry.seq <= batch[-1].seq] == batch
+    assert journal.taken_through == batch[-1].seq
+    journal.settle(Settlement([entry.seq for entry in batch], {"written": len(batch)}, {}))
+    assert (journal.books()["written"], balance(journal)) == (120, 0)
+
+
+def test_a_group_larger_than_the_whole_cap_loses_just_what_does_not_fit(journal: Journal) -> None:
+    journal.caps = Caps(max_bytes=MIB, drop_oldest=True)
+    journal.append(events(10))
+    taken = journal.append(events(100, body=bytes(50_000)))
+    assert 10 < taken < 22
+    assert [len(entry.body) for entry in everything(journal)] == [50_000] * taken
+    assert (dropped(journal), balance(journal)) == ({"journal_full": 10 + 100 - taken}, 0)
+
+
+def test_it_warns_at_80_percent_once_and_again_only_after_it_had_room(
+    journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal.caps = Caps(max_bytes=4 * MIB)
+
+    def said() -> list[str]:
+        found = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        caplog.clear()
+        return found
+
+    fill(journal, groups=7)
+    assert said() == []
+    fill(journal, groups=3)
+    (warning,) = said()
+    assert re.search(r"journal\.sqlite is at 8\d % of journal_max_bytes \(4194304\)", warning)
+    assert not journal.full
+    journal.settle(Settlement(all_seqs(journal)[:100], {"written": 100}, {}))
+    journal.tend(0.0)
+    fill(journal, groups=1)
+    assert said() == []
+    journal.settle(Settlement(all_seqs(journal), {"written": journal.pending}, {}))
+    journal.tend(0.0)
+    (calm,) = said()
+    assert "has room again" in calm
+    fill(journal, groups=9)
+    assert len(said()) == 1
+
+
+def test_a_full_journal_takes_events_again_once_it_has_room(journal: Journal) -> None:
+    journal.caps = Caps(max_bytes=MIB)
+    fill(journal)
+    assert journal.full
+    journal.settle(Settlement(all_seqs(journal), {"written": journal.pending}, {}))
+    journal.tend(0.0)
+    assert not journal.full
+    assert fill(journal, groups=1) == 100
+    assert balance(journal) == 0
+
+
+def test_events_that_waited_too_long_are_dropped_and_counted(journal: Journal) -> None:
+    journal.append([NewEvent(float(second), "j", "m", b"") for second in range(1000)])
+    journal.caps = Caps(max_age_seconds=400.0)
+    journal.tend(1000.0)
+    assert [entry.captured_at for entry in everything(journal)] == [float(second) for second in range(600, 1000)]
+    assert (dropped(journal), journal.pending, balance(journal)) == ({"too_old": 600}, 400, 0)
+
+
+def test_without_an_age_nothing_is_too_old(journal: Journal) -> None:
+    journal.append(events(10))
+    journal.tend(10.0**12)
+    assert journal.pending == 10
+
+
+def test_the_file_gives_an_outages_room_back(journal: Journal) -> None:
+    for _ in range(10):
+        journal.append(events(1000, body=bytes(4000)))
+    assert journal.size_on_disk > 40 * MIB
+    journal.settle(Settlement(all_seqs(journal), {"written": 10_000}, {}))
+    steps = 0
+    while journal.tend(0.0):
+        steps += 1
+        assert journal.append(events(1)) == 1, "it can be used meanwhile"
+    assert steps >= 2
+    assert journal.size_on_disk < 30 * MIB
+    assert (balance(journal), len(everything(journal))) == (0, steps)
+
+
+# Dead letters
+
+
+def test_dead_letters_are_told_in_order_from_either_end_or_one_alone(journal: Journal) -> None:
+    given = events(6)
+    journal.append(given)
+    seqs = all_seqs(journal)
+    bury(journal, seqs[:5])
+    everyone = journal.dead_letters()
+    assert [(letter.seq, letter.jid, letter.minion, letter.body) for letter in everyone] == [
+        (seq, event.jid, event.minion, event.body) for seq, event in zip(seqs[:5], given[:5], strict=True)
+    ]
+    assert {(letter.reason, letter.error.split()[0]) for letter in everyone} == {("refused", "error")}
+    assert journal.dead_letters(limit=2) == everyone[:2]
+    assert journal.dead_letters(limit=2, after=seqs[1]) == everyone[2:4]
+    assert journal.dead_letters(limit=2, newest=True) == everyone[-2:]
+    assert journal.dead_letters(seq=seqs[3]) == [everyone[3]]
+    assert journal.dead_letters(seq=seqs[5]) == journal.dead_letters(seq=-1) == []
+    assert isinstance(everyone[0], DeadLetter)
+
+
+def test_above_their_number_the_dead_letters_that_died_first_are_dropped_and_counted(journal: Journal) -> None:
+    journal.caps = Caps(dead_letters=5)
+    journal.append(events(12))
+    seqs = all_seqs(journal)
+    bury(journal, seqs[8:12])
+    bury(journal, seqs[:3])
+    assert [letter.seq for letter in journal.dead_letters()] == [*seqs[:3], *seqs[10:12]]
+    assert (dropped(journal), balance(journal)) == ({"dead_letters_full": 2}, 0)
+    bury(journal, seqs[3:8])
+    assert len(journal.dead_letters()) == 5
+    assert (dropped(journal), balance(journal)) == ({"dead_letters_full": 7}, 0)
+
+
+def test_dead_letters_take_a_quarter_of_the_journal_at_most(journal: Journal) -> None:
+    journal.caps = Caps(max_bytes=4 * MIB)
+    journal.append(events(30, body=bytes(100_000)))
+    seqs = all_seqs(journal)
+    for seq in seqs:
+        bury(journal, [seq])
+    assert [letter.seq for letter in journal.dead_letters()] == seqs[-10:]
+    assert (dropped(journal), balance(journal)) == ({"dead_letters_full": 20}, 0)
+
+
+def test_no_dead_letters_are_kept_where_none_are_wanted(journal: Journal) -> None:
+    journal.caps = Caps(dead_letters=0)
+    journal.append(events(3))
+    bury(journal, all_seqs(journal))
+    assert journal.dead_letters() == []
+    assert (dropped(journal), balance(journal)) == ({"dead_letters_full": 3}, 0)
+
+
+def test_the_unconfirmed_count_against_the_cap_of_dead_letters_too(journal: Journal) -> None:
+    journal.caps = Caps(dead_letters=2)
+    journal.append(events(5))
+    seqs = all_seqs(journal)
+    journal.wait(seqs, since=1.0)
+    journal.end_waiting(dead=dict.fromkeys(seqs, "not in the cache"))
+    assert {letter.reason for letter in journal.dead_letters()} == {"unconfirmed"}
+    assert (len(journal.dead_letters()), dropped(journal), balance(journal)) == (2, {"dead_letters_full": 3}, 0)
+
+
+def test_what_waits_no_more_when_its_wait_is_ended_changes_nothing(journal: Journal) -> None:
+    journal.append(events(2))
+    seqs = all_seqs(journal)
+    before = tables(journal)
+    again = journal.end_waiting(
+        confirmed={seqs[0]: b""}, dead={seqs[1]: "x", 10**6: "x"}, ignored={10**6 + 1: "nocache"}
+    )
+    assert (again, journal.pending, balance(journal)) == (0, 2, 0)
+    assert tables(journal) == before
+
+
+# A full disk
+
+_LARGE = bytes(200_000)
+
+Call = Callable[[Journal, list[int]], object]
+CALLS: dict[str, Call] = {
+    "append": lambda journal, _: journal.append(events(3, body=_LARGE), dropped=2),
+    "settle": lambda journal, seqs: journal.settle(
+        Settlement(seqs[4:7], {"written": 1, "ignored.peer": 1}, {seqs[4]: ("refused", "x" * 200_000)})
+    ),
+    "wait": lambda journal, seqs: journal.wait(seqs[4:6], since=1.0),
+    "confirm": lambda journal, seqs: journal.end_waiting(confirmed={seqs[0]: _LARGE * 2}, ignored={seqs[1]: "nocache"}),
+    "unconfirmed": lambda journal, seqs: journal.end_waiting(dead={seqs[0]: "x" * 300_000, seqs[1]: "x"}),
+    "retry": lambda journal, _: journal.retry_dead_letters(None, trusted=True),
+    "verified": lambda journal, seqs: journal.verified(seqs[5], {seqs[4]: b"", seqs[5]: _LARGE * 4}),
+}
+
+
+def allow(journal: Journal, pages: int) -> None:
+    """The disk's room: SQLite says SQLITE_FULL for a page beyond it."""
+    journal._db.execute(f"PRAGMA max_page_count = {pages}")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_on_a_full_disk_nothing_is_half_done_and_the_same_call_works_later(journal: Journal, call: str) -> None:
+    journal.append(events(8, body=_LARGE))
+    seqs = all_seqs(journal)
+    journal.wait(seqs[:2], since=1.0)
+    bury(journal, seqs[2:4])
+    (used,) = journal._db.execute("PRAGMA page_count").fetchone()
+    (free,) = journal._db.execute("PRAGMA freelist_count").fetchone()
+    journal.append(events(1, body=bytes(4000 * free)))  # no page is left unused
+    seqs, before, pending = [*seqs[:4], *all_seqs(journal)], tables(journal), journal.pending
+    allow(journal, used)
+    for _ in range(3):
+        with pytest.raises(sqlite3.OperationalError, match="database or disk is full"):
+            CALLS[call](journal, seqs)
+        assert (tables(journal), journal.pending, balance(journal)) == (before, pending, 0)
+    allow(journal, 10**6)
+    CALLS[call](journal, seqs)
+    assert tables(journal) != before
+    assert balance(journal) == 0
+    assert journal.pending == len(tables(journal)["events"]) + len(tables(journal)["waiting"])
+
+
+def test_a_full_disk_does_not_keep_events_from_being_settled(journal: Journal) -> None:
+    journal.append(events(2000, body=bytes(1000)))
+    (used,) = journal._db.execute("PRAGMA page_count").fetchone()
+    allow(journal, used)
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        journal.append(events(2000, body=bytes(1000)))
+    journal.settle(Settlement(all_seqs(journal)[:1500], {"written": 1500}, {}))
+    assert journal.append(events(1000, body=bytes(1000))) == 1000
+    assert (journal.pending, balance(journal)) == (1500, 0)
+
+
+# Older formats
+
+_FORMAT_1 = """
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA journal_mode = WAL;
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL
+);
+CREATE TABLE dead_letters (
+    seq INTEGER PRIMARY KEY,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL,
+    error TEXT NOT NULL,
+    failed_at REAL NOT NULL
+);
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE identity (uuid BLOB NOT NULL);
+INSERT INTO identity VALUES (X'0102030405060708');
+INSERT INTO events (captured_at, jid, minion, body) VALUES (1.5, 'gone', 'm', X'00');
+DELETE FROM events;
+INSERT INTO events (captured_at, jid, minion, body) VALUES (2.5, 'j2', 'm2', X'6232'), (3.5, 'j3', '', X'6233');
+INSERT INTO dead_letters VALUES (1, 1.5, 'j1', 'm1', X'6231', 'Data too long', 9.5);
+INSERT INTO counters VALUES
+    ('captured', 20), ('written', 9), ('duplicates', 3), ('ignored.peer', 4), ('dropped.memory_full', 1);
+PRAGMA application_id = 0x53414C54;
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_journal_of_format_1_is_upgraded_and_keeps_everything(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "journal.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(_FORMAT_1)
+    journal = Journal(tmp_path)
+    journal.open()
+    for _ in range(2):  # and once more after the upgrade
+        assert everything(journal) == [Entry(2, 2.5, b"b2"), Entry(3, 3.5, b"b3")]
+        assert journal.dead_letters() == [DeadLetter(1, 1.5, 9.5, "j1", "m1", "refused", "Data too long", b"b1")]
+        assert journal.books() == {
+            "captured": 20,
+            "written": 9,
+            "duplicates": 3,
+            "pending": 2,
+            "dead_letters": 1,
+            "ignored": {"peer": 4},
+            "dropped": {"memory_full": 1},
+            "waiting": 0,
+            "trimmed": 0,
+        }
+        assert journal.event_key(2) == bytes.fromhex("01020304050607080000000000000002")
+        assert journal.known(["j1", "j2", "j3", "gone"]) == {("j1", "m1"), ("j2", "m2"), ("j3", "")}
+        journal.close()
+        journal.open()
+    assert caplog.text.count("was upgraded from format 1 to 2") == 1
+    journal.append(events(1, trusted=True))
+    journal.wait([2], since=5.0)
+    assert journal.retry_dead_letters(1, trusted=False) == 1
+    assert [entry.seq for entry in everything(journal)] == [3, 4, 5]
+    assert (journal.pending, balance(journal)) == (4, 0)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (journal_module.FORMAT,)
+    journal.close()
+
+
+def test_an_upgraded_journal_has_the_tables_of_a_new_one(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as db:
+        db.executescript(_FORMAT_1)
+    shapes: list[Any] = []
+    for folder in (tmp_path, tmp_path / "new"):
+        journal = Journal(folder)
+        journal.open()
+        journal.close()
+        with closing(sqlite3.connect(journal.path)) as db:
+            names = [name for (name,) in db.execute("SELECT name FROM sqlite_master ORDER BY name")]
+            shapes.append(
+                {
+                    name: set(
+                        db.execute(f"SELECT name, type, \"notnull\", pk, dflt_value FROM pragma_table_info('{name}')")
+                    )
+                    for name in names
+                }
+            )
+    assert shapes[0] == shapes[1]
+
+
+def test_an_upgrade_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(_FORMAT_1)
+        db.execute("CREATE TABLE marks (in_the_way)")
+        db.commit()
+        before = list(db.iterdump())
+    refuses(tmp_path, "cannot be opened: table marks already exists")
+    with closing(sqlite3.connect(path)) as db:
+        assert list(db.iterdump()) == before
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)

@@ -17,9 +17,9 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 FOLDERS = ("engines", "runners", "returners")
 
 LAYERS = (
-    {"errors", "jsontext", "settings", "tls"},
-    {"records", "sql", "database", "schema", "pillar"},
-    {"bus", "capture", "journal", "batcher", "writer", "reconcile", "control", "reader", "metrics"},
+    {"errors", "jsontext", "settings", "tls", "salvage"},
+    {"records", "sql", "database", "schema", "pillar", "jobcache"},
+    {"bus", "capture", "journal", "batcher", "verify", "writer", "reconcile", "control", "reader", "metrics"},
     {"engine", "verbs"},
 )
 """A module imports from its own layer and those before it."""

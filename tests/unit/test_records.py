@@ -28,8 +28,12 @@ def selection(*, peers: list[str] | None = None, **options: Any) -> Selection:
 
 
 def interpret(tag: str, data: Any, chosen: Selection | None = None) -> Record | Ignored:
-    body = tag.encode() + b"\n\n" + values.packed(data)
-    return records.interpret(body, CAPTURED_AT, chosen or selection())
+    return interpret_body(tag.encode() + b"\n\n" + values.packed(data), chosen)
+
+
+def interpret_body(body: bytes, chosen: Selection | None = None) -> Record | Ignored:
+    event = records.open_event(body)
+    return event if isinstance(event, Ignored) else records.interpret(event, CAPTURED_AT, chosen or selection())
 
 
 def a_return(**changes: Any) -> dict[str, Any]:
@@ -301,7 +305,7 @@ def test_a_jid_with_a_process_id_is_a_jid() -> None:
     ],
 )
 def test_bytes_that_are_no_event_are_undecodable(body: bytes) -> None:
-    assert records.interpret(body, CAPTURED_AT, selection()) is Ignored.UNDECODABLE
+    assert interpret_body(body) is Ignored.UNDECODABLE
 
 
 @pytest.mark.parametrize(
@@ -547,13 +551,13 @@ def check(outcome: Record | Ignored) -> None:
 
 @given(tags, payloads, chosen_selections)
 def test_any_payload_becomes_strict_json_or_a_reason(tag: str, payload: bytes, chosen: Selection) -> None:
-    check(records.interpret(tag.encode() + b"\n\n" + payload, CAPTURED_AT, chosen))
+    check(interpret_body(tag.encode() + b"\n\n" + payload, chosen))
 
 
 @given(tags.map(str.encode) | st.binary(), st.binary(), chosen_selections)
 def test_any_bytes_become_strict_json_or_a_reason(tag: bytes, payload: bytes, chosen: Selection) -> None:
-    check(records.interpret(tag + b"\n\n" + payload, CAPTURED_AT, chosen))
-    check(records.interpret(payload, CAPTURED_AT, chosen))
+    check(interpret_body(tag + b"\n\n" + payload, chosen))
+    check(interpret_body(payload, chosen))
 
 
 @given(values.packable)
@@ -562,3 +566,89 @@ def test_any_return_value_of_a_genuine_return_is_stored_as_its_json(value: Any) 
     if record is not Ignored.UNDECODABLE:
         assert isinstance(record, Record)
         check(record)
+
+
+# Values that Salt trimmed
+
+TRIMMED = records.TRIMMED
+
+
+@pytest.mark.parametrize(
+    ("value", "trimmed"),
+    [
+        (TRIMMED, True),
+        ({"a": {"b": TRIMMED}}, True),
+        ({"a": 1, "b": {}}, False),
+        (f"not {TRIMMED}", False),
+        (TRIMMED.encode(), False),
+        ([TRIMMED], False),
+        ({TRIMMED: 1}, False),
+        (values.nested(900, TRIMMED), False),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_value_is_trimmed_where_salt_could_have_trimmed_it(value: Any, trimmed: bool) -> None:
+    assert records.is_trimmed(value) is trimmed
+    if not isinstance(value, list) or len(repr(value)) < 1000:
+        assert returned(**{"return": value}).trimmed is trimmed
+
+
+def test_a_trimmed_return_says_so_at_the_end_of_full_ret_whatever_it_says_itself() -> None:
+    ret = returned(**{"return": {"a": TRIMMED}}, trimmed="by the minion")
+    assert ret.trimmed
+    assert ret.full_ret_json.endswith(', "trimmed": true}')
+    assert json.loads(ret.full_ret_json)["trimmed"] is True
+    assert "trimmed" not in json.loads(returned().full_ret_json)
+
+
+def test_only_a_trimmed_return_can_have_the_mark_at_the_end() -> None:
+    for data in (a_return(trimmed=True), {**a_return(), "x": {"y": 1, "trimmed": True}}):
+        record = interpret(JOB_RETURN, data)
+        assert isinstance(record, Record)
+        assert record.ret is not None
+        assert not record.ret.trimmed
+        assert not record.ret.full_ret_json.endswith(', "trimmed": true}')
+
+
+# There and back
+
+
+@given(values.packable, tags)
+def test_what_was_opened_can_be_packed_again_and_means_the_same(value: Any, tag: str) -> None:
+    event = records.open_event(tag.encode() + b"\n\n" + values.packed(a_return(**{"return": value})))
+    if isinstance(event, Ignored):
+        return
+    body = records.try_pack(event.tag, event.data)
+    assert body is not None
+    again = records.open_event(body)
+    assert isinstance(again, records.Opened)
+    assert (again.tag, again.job, again.trimmed) == (event.tag, event.job, event.trimmed)
+    assert jsontext.dumps(again.data) == jsontext.dumps(event.data)
+    assert records.try_pack(again.tag, again.data) == body
+
+
+@pytest.mark.parametrize("tag", ["salt/job/\udcff/new", JOB_RETURN])
+def test_what_cannot_be_packed_is_none_and_never_an_exception(tag: str) -> None:
+    deep: Any = 1
+    for _ in range(2000):
+        deep = [deep]
+    assert records.try_pack(tag, a_return(**{"return": deep})) is None
+
+
+@given(values.packable)
+def test_any_event_can_be_described_in_json(value: Any) -> None:
+    body = JOB_RETURN.encode() + b"\n\n" + values.packed(a_return(**{"return": value}))
+    described = records.describe(body)
+    assert values.strict_json(json.dumps(described, allow_nan=False)) == described
+    assert described.keys() in ({"tag", "data"}, {"bytes"})
+
+
+# Refusals before anything else is looked at
+
+
+@given(tags, payloads, chosen_selections)
+def test_what_is_refused_by_its_own_words_is_no_row_of_a_job(tag: str, payload: bytes, chosen: Selection) -> None:
+    event = records.open_event(tag.encode() + b"\n\n" + payload)
+    if isinstance(event, records.Opened) and records.refusal(event.job, event.data, chosen) is not None:
+        outcome = records.interpret(event, CAPTURED_AT, chosen)
+        assert isinstance(outcome, Ignored) or outcome.load is outcome.ret is None

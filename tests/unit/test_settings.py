@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,7 +43,7 @@ def test_a_number_is_taken_up_to_its_bounds_and_no_further(name: str) -> None:
         values, problems = settings.parse({name: good})
         assert (values, problems) == ({name: good}, [])
         assert type(values[name]) is type(option.default)
-    for bad in (low * 0.99, math.nextafter(low, -math.inf), high + 1, math.nextafter(high, math.inf), -1):
+    for bad in (low * 0.99 or -0.01, math.nextafter(low, -math.inf), high + 1, math.nextafter(high, math.inf), -1):
         assert problem(name, bad).startswith(f"{name}: {bad!r} is not allowed; it must be a")
 
 
@@ -66,10 +67,37 @@ def test_a_whole_number_may_be_written_with_a_point_but_not_be_a_fraction() -> N
         ("wheel_jobs", "yes", "true or false"),
         ("skip_functions", "test.ping", "a list of texts"),
         ("events", ["salt/*", 5], "a list of texts"),
+        *[("verify_returns", bad, "auto or true or false") for bad in ("yes", "true", "Auto", "", 1, 0, 1.0, None, [])],
+        *[("journal_full", bad, "drop_newest or drop_oldest") for bad in ("drop", True, None, ["drop_oldest"])],
     ],
 )
 def test_a_value_of_the_wrong_kind_is_answered_with_what_is_allowed(name: str, bad: Any, allowed: str) -> None:
     assert problem(name, bad) == f"{name}: {bad!r} is not allowed; it must be {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("auto", "auto"), ("true", True), ("false", False), ("yes", True), ("off", False), ("'auto'", "auto")],
+)
+def test_verify_returns_is_auto_or_a_truth_as_yaml_gives_it(text: str, value: Any) -> None:
+    given_ = yaml.safe_load(f"verify_returns: {text}")
+    values, problems = settings.parse(given_)
+    assert (values, problems) == ({"verify_returns": value}, [])
+    assert values["verify_returns"] is value or value == "auto"
+    assert settings.combine(values, {}).verify_returns == value
+
+
+@pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest"])
+def test_a_full_journal_gives_up_the_newest_or_the_oldest(policy: str) -> None:
+    assert settings.parse({"journal_full": policy}) == ({"journal_full": policy}, [])
+
+
+def test_a_number_that_may_be_zero_switches_something_off() -> None:
+    assert {name for name, option in NUMBERS.items() if option.minimum == 0} == {
+        "dead_letters_max",
+        "journal_max_age_hours",
+        "reconcile_interval_seconds",
+    }
 
 
 @pytest.mark.parametrize(

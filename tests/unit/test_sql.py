@@ -71,10 +71,26 @@ def test_look_ups_ask_for_just_the_keys_given(jids: list[str], ids: list[str]) -
     asked, statement = literals(sql.select_loads(jids))
     assert asked == jids
     assert statement.endswith(f"IN ({', '.join('?' * len(jids))}) FOR UPDATE")
+    asked, statement = literals(sql.select_stored_loads(jids))
+    assert asked == jids
+    assert statement.endswith(f"IN ({', '.join('?' * len(jids))})")
     pairs = list(zip(jids, ids, strict=False))
-    asked, statement = literals(sql.select_return_digests(pairs))
-    assert asked == [text for pair in pairs for text in pair]
-    assert statement.endswith(" OR ".join(["(`jid` = ? AND `id` = ?)"] * len(pairs)))
+    texts_of_pairs = [text for pair in pairs for text in pair]
+    for asked_for, before in (
+        (sql.select_return_digests(pairs), ['%, "trimmed": true}']),
+        (sql.select_returned(pairs), []),
+    ):
+        asked, statement = literals(asked_for)
+        assert asked == before + texts_of_pairs
+        assert statement.endswith(" OR ".join(["(`jid` = ? AND `id` = ?)"] * len(pairs)))
+
+
+@given(texts, texts, texts, texts)
+def test_a_whole_return_takes_the_place_of_just_its_own_row(jid: str, minion: str, value: str, full: str) -> None:
+    statement = sql.update_return(Return(jid, minion, "f", value, full, True, "2026-01-02 03:04:05", {}))
+    asked, rest = literals(statement)
+    assert asked == [value, full, jid, minion]
+    assert rest == "UPDATE `salt_returns` SET `return` = ?, `full_ret` = ? WHERE `jid` = ? AND `id` = ?"
 
 
 rows_and_limit = st.tuples(

@@ -1,0 +1,354 @@
+"""Reconcile: what the master's job cache holds and the tables do not is journalled, and takes the normal way.
+
+It closes the one hole that any reader of the bus has: events published while nobody listened. A pass
+follows every start and every gap on the bus, and comes round on a timer; it looks at the jobs whose
+folder changed since the last complete pass began, newest first. A pass that an operator asks for looks
+at everything, or at everything since a moment.
+
+What is in the journal already is left alone, and so is what the settings do not want. A pass needs the
+database; while that is away it waits, unless the job cache is about to forget what nobody compared: then
+everything in it that the journal does not hold is journalled, and what turns out to be there already is counted
+as duplicates.
+
+Steps are small, in a thread of their own, and wait while the journal has more to ship than a few batches. Memory
+holds one round of folder names at a time, however large the cache is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import logging
+import re
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, NamedTuple
+
+from . import jsontext, records, schema, sql
+from .database import Database, Session
+from .errors import DatabaseError, EngineError
+from .jobcache import Folder, Job, JobCache
+from .journal import Journal, NewEvent
+from .records import Selection
+
+log = logging.getLogger(__name__)
+
+SETTLE_SECONDS = 3.0
+"""After a start or a gap: by then the events that are on their way are journalled, and their copies written."""
+_OVERLAP_SECONDS = 120.0
+_ROUND_FOLDERS = 20_000
+_STEP_JOBS, _STEP_RETURNS = 50, 1000
+_STEP_BYTES = 8 * 1024 * 1024
+_MAX_PENDING = 5_000
+_RETRY_FIRST, _RETRY_MAX = 5.0, 60.0  # seconds
+_MARK = "reconciled_at"
+
+InThread = Callable[..., Awaitable[Any]]
+
+
+class Pass(NamedTuple):
+    """A pass as far as it came. Times in seconds since the epoch."""
+
+    reason: str
+    since: float
+    started_at: float
+    seconds: float = 0.0
+    jobs: int = 0
+    returns: int = 0
+    """Looked at."""
+    loads_added: int = 0
+    returns_added: int = 0
+    unreadable: int = 0
+    total_jobs: int = 0
+    """In this round; a cache of more than 20,000 changed jobs takes several."""
+    error: str = ""
+    """Why it has to begin again."""
+
+    def report(self) -> dict[str, Any]:
+        """For people and programs."""
+        return {
+            **self._asdict(),
+            "since": _moment(self.since) if self.since else None,
+            "started_at": _moment(self.started_at),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+class _Found(NamedTuple):
+    """What a folder may have to offer."""
+
+    job: Job
+    minions: list[str]
+
+
+class Reconciler:
+    """Runs passes, one at a time. ``on_append`` is told of what it journals, as capture's is."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        in_journal: InThread,
+        cache: JobCache,
+        in_cache: InThread,
+        database: Database,
+        selection: Selection,
+        *,
+        keep_seconds: float,
+        on_append: Callable[[int, int], None],
+    ) -> None:
+        self.selection = selection
+        self.interval = 600.0
+        """Seconds between passes of the timer; 0 for none."""
+        self.create_tables = True
+        self.passes = 0
+        self.now: Pass | None = None
+        self.last: Pass | None = None
+        self._journal = journal
+        self._in_journal = in_journal
+        self._cache = cache
+        self._in_cache = in_cache
+        self._database = database
+        self._blind_after = keep_seconds / 2
+        self._born = time.time()
+        self._on_append = on_append
+        self._asked: dict[str, float | None] = {"start": None}
+        self._news = asyncio.Event()
+        self._news.set()
+
+    def ask(self, reason: str, since: float | None = None) -> None:
+        """A pass as soon as may be: ``since`` a moment (seconds since the epoch), or since the last one (``None``)."""
+        self._asked[reason] = since
+        self._news.set()
+
+    async def run(self) -> None:
+        """Passes, when asked for and on the timer; until cancelled."""
+        while True:
+            try:
+                await asyncio.wait_for(self._news.wait(), self.interval or None)
+            except asyncio.TimeoutError:
+                self._asked.setdefault("timer", None)
+            self._news.clear()
+            if not self._asked:
+                continue
+            await asyncio.sleep(SETTLE_SECONDS)
+            asked, self._asked = self._asked, {}
+            await self._pass(asked)
+
+    def retime(self, interval: float) -> None:
+        """A new interval counts from now."""
+        if interval != self.interval:
+            self.interval = interval
+            self._news.set()
+
+    async def _pass(self, asked: dict[str, float | None]) -> None:
+        reason = ", ".join(asked)
+        delay = _RETRY_FIRST
+        while True:
+            began = time.time()
+            self.now = Pass(reason, 0.0, began, error="" if self.now is None else self.now.error)
+            try:
+                mark = await self._in_journal(self._journal.mark, _MARK)
+                usual = 0.0 if mark is None else mark - _OVERLAP_SECONDS
+                since = min(usual if given is None else given for given in asked.values())
+                self.now = self.now._replace(since=since)
+                await self._compare_all(since, blind=began - (mark or self._born) > self._blind_after)
+                if since <= usual:
+                    await self._in_journal(self._journal.set_mark, _MARK, began)
+                break
+            except (DatabaseError, sqlite3.Error) as exc:
+                log.debug("Reconciling is put off: %s", exc)
+                self.now = self.now._replace(error=str(exc))
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _RETRY_MAX)
+                # What was asked for meanwhile belongs to the same pass.
+                more, self._asked = self._asked, {}
+                asked = {**asked, **more}
+                reason = ", ".join(asked)
+        self.last, self.now = self.now._replace(error="", seconds=time.time() - began), None
+        self.passes += 1
+        added = self.last.loads_added + self.last.returns_added
+        if added:
+            log.warning(
+                "The job cache had %d jobs and %d returns that the database did not; they are journalled now (%s)",
+                self.last.loads_added, self.last.returns_added, reason,
+            )  # fmt: skip
+
+    async def _compare_all(self, since: float, *, blind: bool) -> None:
+        session: Session | None = None
+        try:
+            session = await self._database.open()
+            await schema.ensure(session, create=self.create_tables, events=False)
+        except DatabaseError:
+            if session is not None:
+                session.close()
+                session = None
+            if not blind:
+                raise
+        try:
+            before: Folder | None = None
+            while True:
+                folders: list[Folder] = await self._in_cache(
+                    lambda before=before: self._cache.folders(since=since, before=before, most=_ROUND_FOLDERS)
+                )
+                if not folders:
+                    return
+                self._note(total_jobs=len(folders))
+                for start in range(0, len(folders), _STEP_JOBS):
+                    began = time.monotonic()
+                    found, returns = await self._in_cache(self._look, folders[start : start + _STEP_JOBS])
+                    for some in _portions(found):
+                        await self._compare(session, some)
+                    self._note(jobs=len(found), returns=returns)
+                    # Half of the time is everybody else's.
+                    await asyncio.sleep(min(0.1, time.monotonic() - began))
+                before = folders[-1]
+        finally:
+            if session is not None:
+                session.close()
+
+    def _look(self, folders: list[Folder]) -> tuple[list[_Found], int]:
+        """The jobs in some folders that the settings want."""
+        found = []
+        for folder in folders:
+            try:
+                job = self._cache.job(folder)
+                if job is not None and self._wants(job):
+                    found.append(_Found(job, sorted(job.returned)))
+            except Exception:  # whatever strangers made the master store, the next job must be looked at
+                log.exception("The job cache's folder %s cannot be used", folder.name)
+                self._note(unreadable=1)
+        return found, sum(len(each.minions) for each in found)
+
+    def _wants(self, job: Job) -> bool:
+        fun = job.load.get("fun", "")
+        return not records.is_function(fun) or not self.selection.skips(fun)
+
+    async def _compare(self, session: Session | None, some: list[_Found]) -> None:
+        jids = [job.jid for job, _ in some]
+        known: set[tuple[str, str]] = await self._in_journal(self._journal.known, jids)
+        loads: dict[str, Any] = {}
+        if session is not None:
+            keys = [(job.jid, minion) for job, minions in some for minion in minions]
+            if keys:
+                known.update(await session.query(sql.select_returned(keys)))
+            loads = dict(await session.query(sql.select_stored_loads(jids)))
+            await session.rollback()
+        events = await self._in_cache(self._missing, some, known, loads)
+        while events:
+            await self._make_room(session)
+            portion, size = [], 0
+            while events and size < _STEP_BYTES:
+                portion.append(event := events.pop())
+                size += len(event.body)
+            taken = await self._in_journal(self._journal.append, portion)
+            self._on_append(taken, size)
+            returns = sum(bool(event.minion) for event in portion)
+            self._note(returns_added=returns, loads_added=len(portion) - returns)
+
+    async def _make_room(self, session: Session | None) -> None:
+        """Waits while the writer has enough to do; and while the journal is full, since nothing of ours is urgent."""
+        # The journal's thread has no asyncio events to wait for.
+        while self._journal.full or (session is not None and self._journal.pending > _MAX_PENDING):  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+
+    def _missing(self, some: list[_Found], known: set[tuple[str, str]], loads: dict[str, str]) -> list[NewEvent]:
+        """The events of what nobody has, the newest first."""
+        events: list[NewEvent] = []
+        for job, minions in some:
+            try:
+                events += self._missing_of(job, minions, known, loads)
+            except Exception:  # as above
+                log.exception("What the job cache holds for jid %s cannot be used", job.jid)
+                self._note(unreadable=1)
+        events.reverse()
+        return events
+
+    def _missing_of(
+        self, job: Job, minions: list[str], known: set[tuple[str, str]], loads: dict[str, str]
+    ) -> Iterator[NewEvent]:
+        new = self._cache.new_event(job) if (job.jid, "") not in known else None
+        if new is not None and _says_more(new, loads.get(job.jid)):
+            yield NewEvent(time.time(), job.jid, "", new, trusted=True)
+        for minion in minions:
+            if (job.jid, minion) in known:
+                continue
+            body = self._cache.return_event(job, minion)
+            if body is None:
+                self._note(unreadable=1)
+            elif self._selected(body):
+                yield NewEvent(time.time(), job.jid, minion, body, trusted=True)
+
+    def _selected(self, body: bytes) -> bool:
+        event = records.open_event(body)
+        return isinstance(event, records.Opened) and event.job is not None and self.selection.wants_job(event.job)
+
+    def _note(self, *, total_jobs: int | None = None, **more: int) -> None:
+        assert self.now is not None
+        changes = {name: getattr(self.now, name) + count for name, count in more.items()}
+        if total_jobs is not None:
+            changes["total_jobs"] = self.now.jobs + total_jobs
+        self.now = self.now._replace(seconds=time.time() - self.now.started_at, **changes)
+
+
+def _portions(found: list[_Found]) -> Iterator[list[_Found]]:
+    """Jobs with at most 1,000 returns together; a larger job comes in several parts."""
+    portion: list[_Found] = []
+    room = _STEP_RETURNS
+    for job, minions in found:
+        for start in range(0, max(1, len(minions)), _STEP_RETURNS):
+            part = minions[start : start + _STEP_RETURNS]
+            if portion and len(part) > room:
+                yield portion
+                portion, room = [], _STEP_RETURNS
+            portion.append(_Found(job, part))
+            room -= len(part)
+    if portion:
+        yield portion
+
+
+def _says_more(new: bytes, stored: str | None) -> bool:
+    """Whether a job's publish holds what the stored load does not."""
+    if stored is None:
+        return True
+    event = records.open_event(new)
+    assert isinstance(event, records.Opened)
+    try:
+        load = json.loads(stored)
+    except (ValueError, RecursionError):  # someone else's row
+        return False
+    published = records.published_load(event.data)
+    return published is not None and jsontext.dumps(records.merged_load(load, published)) != stored
+
+
+_LATEST = 4_102_444_800.0
+"""The year 2100: later moments cannot be told by every clock of ours."""
+_AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def parse_since(text: str, now: float) -> float:
+    """A moment in seconds since the epoch: ``2h`` ago, a date with or without a time (UTC), or a jid.
+
+    Raises:
+        EngineError: it is none of these.
+    """
+    given = text.strip()
+    if ago := _AGO.fullmatch(given):
+        return max(0.0, now - float(ago[1]) * _SECONDS[ago[2]])
+    try:
+        if records.is_jid(given):
+            moment = datetime.datetime.strptime(given[:20], "%Y%m%d%H%M%S%f").replace(tzinfo=datetime.timezone.utc)
+        else:
+            moment = datetime.datetime.fromisoformat(given)
+            moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)
+        return min(max(0.0, moment.timestamp()), _LATEST)
+    except (ValueError, OverflowError):
+        raise EngineError(
+            f"since: {text!r} must be a time ago (30m, 2h, 1d), a UTC date (2026-11-23, 2026-11-23T14:00), or a jid"
+        ) from None
+
+
+def _moment(seconds: float) -> str:
+    return records.utc(seconds).isoformat(timespec="seconds")

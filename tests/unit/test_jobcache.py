@@ -1,0 +1,696 @@
+"""The job cache, read from folders as Salt writes them: only what the master itself accepted is confirmed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import msgpack
+import pytest
+from hypothesis import strategies as st
+
+from salt_mysql_engine import jobcache, jsontext, records, settings
+from salt_mysql_engine.jobcache import Folder, Job, JobCache, NoCache
+from salt_mysql_engine.records import Opened, Record
+from tests.support import shipping
+from tests.unit import values
+
+MASTER = "master1"
+JID, OTHER = "20260102030405000006", "20260102030405000007"
+STAMP = "2026-01-02T03:04:05.000006"
+TRIMMED = records.TRIMMED
+SELECTION = records.Selection(settings.combine({}, {}), master_id=MASTER)
+
+
+class Cache(shipping.Cache):
+    """A job cache and its reader."""
+
+    def __init__(self, cachedir: Path) -> None:
+        super().__init__(cachedir, master=MASTER)
+        self.reader = JobCache({"cachedir": str(cachedir), "id": MASTER, "hash_type": "sha256"})
+
+    def read(self, jid: str) -> Job:
+        """The job, as it is found."""
+        found = map(self.reader.job, self.reader.folders(since=0, before=None, most=1000))
+        (job,) = [job for job in found if job is not None and job.jid == jid]
+        return job
+
+    def confirm(self, tag: str, data: Any) -> Any:
+        """What the cache says of one event."""
+        (said,) = self.reader.confirm([opened(tag, data)])
+        return said
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path)
+
+
+def opened(tag: str, data: Any) -> Opened:
+    event = records.open_event(tag.encode() + b"\n\n" + values.packed(data))
+    assert isinstance(event, Opened)
+    return event
+
+
+def load_of(jid: str = JID, **changes: Any) -> dict[str, Any]:
+    """``.load.p`` of a published job."""
+    load = {"cmd": "publish", "tgt": "web*", "fun": "test.arg", "arg": [1], "tgt_type": "glob", "ret": "", "jid": jid}
+    return {**load, "kwargs": {"show_timeout": True, "metadata": {"a": 1}}, "user": "root", **changes}
+
+
+def new_data(jid: str = JID, **changes: Any) -> dict[str, Any]:
+    """The payload of the same job's ``/new``, which has no kwargs."""
+    data = {"jid": jid, "tgt_type": "glob", "tgt": "web*", "user": "root", "fun": "test.arg", "arg": [1]}
+    return {**data, "minions": ["web1", "web2"], "missing": [], "_stamp": STAMP, **changes}
+
+
+def return_data(jid: str = JID, minion: str = "web1", value: Any = True, **changes: Any) -> dict[str, Any]:
+    data = {"cmd": "_return", "id": minion, "success": True, "return": value, "retcode": 0, "jid": jid}
+    return {**data, "fun": "test.arg", "fun_args": [1], "user": "root", "_stamp": STAMP, **changes}
+
+
+def master_data(fun: str = "runner.jobs.active", **changes: Any) -> dict[str, Any]:
+    data = {"fun": fun, "jid": JID, "user": "root", "fun_args": [], "_stamp": STAMP, "return": {"a": 1}}
+    return {**data, "success": True, **changes}
+
+
+RETURN, NEW = f"salt/job/{JID}/ret/web1", f"salt/job/{JID}/new"
+
+
+# Where there is a cache at all
+
+
+@pytest.mark.parametrize(
+    ("opts", "kept"),
+    [
+        ({}, True),
+        ({"master_job_cache": "local_cache", "job_cache": True, "ext_job_cache": ""}, True),
+        ({"job_cache": False}, False),
+        ({"master_job_cache": "mysql"}, False),
+        ({"ext_job_cache": "redis"}, False),
+    ],
+)
+def test_a_master_keeps_a_cache_unless_it_is_told_not_to(opts: dict[str, Any], kept: bool) -> None:
+    assert JobCache.is_kept(opts) is kept
+
+
+@pytest.mark.parametrize("hash_type", ["md5", "sha256", "sha512"])
+def test_folders_are_found_by_the_masters_own_hash(cache: Cache, hash_type: str) -> None:
+    digest = hashlib.new(hash_type, JID.encode()).hexdigest()
+    folder = cache.cachedir / "jobs" / digest[:2] / digest[2:] / "web1"
+    folder.mkdir(parents=True)
+    (folder / "return.p").write_bytes(values.packed({"return": 1}))
+    reader = JobCache({"cachedir": str(cache.cachedir), "id": MASTER, "hash_type": hash_type})
+    assert reader.present([(JID, "web1"), (JID, "web2")]) == [True, False]
+
+
+# A minion's return
+
+
+@pytest.mark.parametrize("more", [{}, {"retcode": 0}, {"retcode": 0, "success": True}])
+def test_a_return_that_the_cache_holds_is_confirmed_as_it_is(cache: Cache, more: dict[str, Any]) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", {"x": 1}, **more)
+    data = {
+        key: value for key, value in return_data(value={"x": 1}).items() if key not in {"retcode", "success"} - {*more}
+    }
+    said = cache.confirm(RETURN, data)
+    assert said == data
+    assert list(said) == list(data), "the order of the keys is the payload's"
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"return": "forged"},
+        {"return": {"x": 1, "y": 2}},
+        {"retcode": 1},
+        {"success": False},
+        {"retcode": True},
+        {"out": "forged"},
+        {"fun": "cmd.run"},
+        {"fun_args": ["rm -rf /"]},
+        {"user": "forged"},
+    ],
+    ids=repr,
+)
+def test_a_return_that_says_something_else_is_corrected_to_what_the_cache_holds(
+    cache: Cache, forged: dict[str, Any]
+) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", {"x": 1}, retcode=0, success=True)
+    said = cache.confirm(RETURN, {**return_data(value={"x": 1}), **forged})
+    assert said == return_data(value={"x": 1})
+    assert {key: type(value) for key, value in said.items()} == {
+        key: type(value) for key, value in return_data(value={"x": 1}).items()
+    }
+
+
+def test_what_the_cache_does_not_say_of_a_return_is_not_taken_from_the_event(cache: Cache) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", 1)
+    said = cache.confirm(RETURN, return_data(value=1, out="forged", retcode=5, success=False))
+    assert not {"out", "retcode", "success"} & said.keys()
+
+
+def test_the_outputter_comes_from_its_own_file(cache: Cache) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", 1, retcode=0, success=True, out="highstate")
+    assert cache.confirm(RETURN, return_data(value=1, out="forged"))["out"] == "highstate"
+    assert cache.confirm(RETURN, return_data(value=1, out="highstate")) == return_data(value=1, out="highstate")
+
+
+def test_a_trimmed_return_gets_its_whole_value_from_the_cache(cache: Cache) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", {"a": "x" * 100_000}, retcode=0, success=True)
+    said = cache.confirm(RETURN, return_data(value={"a": TRIMMED}))
+    assert said == return_data(value={"a": "x" * 100_000})
+    assert not records.with_payload(opened(RETURN, return_data(value={"a": TRIMMED})), said).trimmed
+
+
+def test_a_value_that_the_minion_itself_trimmed_stays_trimmed(cache: Cache) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", TRIMMED, retcode=0, success=True)
+    event = opened(RETURN, return_data(value=TRIMMED))
+    assert records.with_payload(event, cache.confirm(RETURN, event.data)).trimmed
+
+
+def test_what_is_not_there_yet_is_not_confirmed(cache: Cache) -> None:
+    assert cache.confirm(RETURN, return_data()) is None
+    cache.job(JID, load_of(), ["web1"])
+    assert cache.confirm(RETURN, return_data()) is None
+    cache.returned(JID, "web2", True)
+    assert cache.confirm(RETURN, return_data()) is None
+    assert cache.confirm(NEW, new_data(jid=OTHER)) is not None
+    assert cache.confirm(f"salt/job/{OTHER}/new", new_data(jid=OTHER)) is None
+
+
+def test_a_return_without_a_load_is_confirmed(cache: Cache) -> None:
+    """What a syndic sent on, or whose load the master could not write."""
+    cache.returned(JID, "web1", True, retcode=0, success=True)
+    assert cache.confirm(RETURN, return_data()) == return_data()
+
+
+def test_a_job_that_asked_not_to_be_kept_is_told_apart(cache: Cache) -> None:
+    cache.job(JID, load_of(), ["web1"], nocache=True)
+    assert isinstance(cache.confirm(RETURN, return_data()), NoCache)
+    assert isinstance(cache.confirm(f"salt/run/{JID}/ret", master_data()), NoCache)
+
+
+NOT_RETURNS = [b"", b"\x81", b"\xc1", values.packed({"return": 1})[:-1], values.packed({"return": 1}) + b"\0"]
+NOT_RETURNS += [values.packed(other) for other in (None, True, "return", ["return"], {"retcode": 0}, {b"x": 1}, 7)]
+NOT_RETURNS += [b"\x81\x91\x01\x01", b"\x91" * 100_000, b"\xdf\xff\xff\xff\xff", os.urandom(70_000)]
+
+
+@pytest.mark.parametrize("content", NOT_RETURNS, ids=lambda content: content[:12].hex())
+def test_a_file_that_is_no_return_is_as_good_as_none(cache: Cache, content: bytes) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", 1).write_bytes(content)
+    assert cache.confirm(RETURN, return_data()) is None
+    job = cache.read(JID)
+    assert cache.reader.return_event(job, "web1") is None
+
+
+@pytest.mark.parametrize("content", [*NOT_RETURNS[:9], b"\x91" * 100_000], ids=lambda content: content[:12].hex())
+def test_a_load_that_is_none_confirms_no_publish_and_hinders_no_return(cache: Cache, content: bytes) -> None:
+    folder = cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", True, retcode=0, success=True)
+    (folder / ".load.p").write_bytes(content)
+    assert cache.confirm(RETURN, return_data()) == return_data()
+    assert (cache.confirm(NEW, new_data(tgt="forged")) or {}).get("tgt") is None or content[:1] == b"\x81"
+    assert cache.reader.new_event(cache.read(JID)) is None
+
+
+def test_a_return_in_the_place_of_which_is_a_folder_or_a_pipe_holds_nobody_up(cache: Cache) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    (cache.folder(JID) / "web1" / "return.p").mkdir(parents=True)
+    (cache.folder(JID) / "web2").mkdir()
+    os.mkfifo(cache.folder(JID) / "web2" / "return.p")
+    for minion in ("web1", "web2"):
+        assert cache.confirm(f"salt/job/{JID}/ret/{minion}", return_data(minion=minion)) is None
+
+
+def test_a_return_larger_than_any_row_is_as_good_as_none(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobcache, "MAX_FILE_BYTES", 200_000)
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", "x" * 300_000)
+    assert cache.confirm(RETURN, return_data(value=TRIMMED)) is None
+
+
+# Ids that are no names
+
+ODD_IDS = [
+    "..",
+    ".",
+    "",
+    "../web1",
+    "web1/../../x",
+    "/etc/passwd",
+    "a\0b",
+    "\udcff\udc00",
+    "x" * 300,
+    "é" * 200,
+    "😀" * 255,
+]
+ODD_IDS += [".minions.p", ".load.p", "jid", "nocache", "endtime", "web1/", "web1\n", "~", "-rf"]
+
+
+@pytest.mark.parametrize("minion", ODD_IDS, ids=lambda minion: repr(minion)[:20])
+def test_an_id_that_is_no_name_leads_nowhere_and_raises_nothing(cache: Cache, minion: str) -> None:
+    folder = cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", "the genuine", retcode=0, success=True)
+    for above in (folder, folder.parent, folder.parent.parent, cache.cachedir):
+        (above / "return.p").write_bytes(values.packed({"return": "planted"}))
+    event = Opened("", records.Tag(records.Kind.JOB_RETURN, JID, minion), return_data(minion=minion), False)
+    assert cache.reader.confirm([event]) == [None]
+    assert cache.reader.present([(JID, minion), (JID, "web1")]) == [minion == "", True], "no id at all asks for the job"
+    job = cache.read(JID)
+    assert cache.reader.return_event(job, minion) is None
+
+
+@pytest.mark.parametrize("jid", ["..", "", "nocache", "req", "../" + JID, JID + "\0", "x" * 5000, "\udcff", JID[:-1]])
+def test_a_jid_that_is_none_leads_nowhere_and_raises_nothing(cache: Cache, jid: str) -> None:
+    event = Opened("", records.Tag(records.Kind.JOB_RETURN, jid, "web1"), return_data(jid=jid), False)
+    assert cache.reader.confirm([event]) == [None]
+    assert cache.reader.present([(jid, "web1"), (jid, "")]) == [False, False]
+
+
+def test_a_cache_that_may_not_be_read_has_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", True)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("open", "scandir", "stat"):
+        monkeypatch.setattr(os, name, refuse)
+    said, present, folders = cache.confirm(RETURN, return_data()), [], []
+    present = cache.reader.present([(JID, "web1"), (JID, "")])
+    folders = cache.reader.folders(since=0, before=None, most=5)
+    monkeypatch.undo()
+    assert (said, present, folders) == (None, [False, False], [])
+
+
+# A publish
+
+
+def test_a_publish_is_confirmed_with_the_keywords_that_only_the_cache_knows(cache: Cache) -> None:
+    cache.job(JID, load_of(), ["web1", "web2"])
+    said = cache.confirm(NEW, new_data())
+    assert said == {**new_data(), "kwargs": {"show_timeout": True, "metadata": {"a": 1}}, "ret": ""}
+
+
+def test_what_a_forger_says_of_a_publish_is_replaced(cache: Cache) -> None:
+    cache.job(JID, load_of(), ["web1", "web2"])
+    forged = new_data(
+        tgt="*", fun="cmd.run", arg=["x"], user="nobody", minions=["db1"], missing=["db2"], kwargs={"x": 1}
+    )
+    said = cache.confirm(NEW, {**forged, "tgt_type": "compound"})
+    assert said == {**new_data(), "kwargs": load_of()["kwargs"], "ret": ""}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"minions": [["web1"]]},
+        {"minions": [{}]},
+        {"minions": "web1"},
+        {"minions": None},
+        {"minions": [1, None, b"web1"]},
+        {"missing": [["web1"], {}, 5]},
+        {"missing": {"web1": 1}},
+        {"tgt": [["web1"], {}]},
+        {"tgt": {"a": 1}},
+        {"tgt": None, "fun": None, "arg": None, "user": []},
+    ],
+    ids=repr,
+)
+def test_a_forged_publish_of_any_types_raises_nothing(cache: Cache, changes: dict[str, Any]) -> None:
+    cache.job(JID, load_of(), ["web1", "web2"])
+    said = cache.confirm(NEW, new_data(**changes))
+    assert (said["tgt"], said["fun"], said["minions"]) == ("web*", "test.arg", ["web1", "web2"])
+    assert said["missing"] == []
+
+
+@hypothesis.given(
+    st.dictionaries(
+        st.sampled_from(["tgt", "tgt_type", "fun", "arg", "user", "kwargs", "ret", "return", "id"]), values.packable
+    ),
+    values.packable | st.just(["web1"]),
+    st.dictionaries(
+        st.sampled_from(["tgt", "fun", "arg", "user", "minions", "missing", "return", "id"]), values.packable
+    ),
+)
+@hypothesis.settings(max_examples=60)
+def test_whatever_stands_in_the_cache_and_in_the_event_raises_nothing(
+    tmp_path_factory: pytest.TempPathFactory, load: dict[str, Any], minions: Any, data: dict[str, Any]
+) -> None:
+    """Any accepted minion can have the master store any load, by ``_syndic_return``."""
+    cache = Cache(tmp_path_factory.mktemp("cache"))
+    cache.job(JID, load, minions)
+    cache.returned(JID, "web1", load.get("return"), retcode=data.get("fun"))
+    cache.returned(JID, MASTER, data.get("return"))
+    for tag in (RETURN, NEW, f"salt/run/{JID}/new", f"salt/run/{JID}/ret", f"salt/wheel/{JID}/ret"):
+        event = records.open_event(tag.encode() + b"\n\n" + values.packed({"jid": JID, **data}))
+        if isinstance(event, Opened):
+            (said,) = cache.reader.confirm([event])
+            assert said is None or isinstance(said, (dict, NoCache))
+    job = cache.read(JID)
+    assert SELECTION.skips("x") is False
+    cache.reader.new_event(job)
+    for minion in job.returned:
+        cache.reader.return_event(job, minion)
+
+
+@pytest.mark.parametrize("place", ["load", "kwargs"])
+def test_credentials_of_eauth_are_taken_out(cache: Cache, place: str) -> None:
+    secrets = {"token": "s3cret", "password": "s3cret", "key": "s3cret", "auth_list": ["s3cret"]}
+    load = load_of(**secrets) if place == "load" else load_of(kwargs={"a": 1, **secrets})
+    cache.job(JID, load, ["web1"])
+    cache.returned(JID, "web1", True)
+    job = cache.read(JID)
+    new, returned = cache.reader.new_event(job), cache.reader.return_event(job, "web1")
+    assert new is not None
+    assert returned is not None
+    said = cache.confirm(NEW, new_data())
+    assert said["kwargs"]["metadata" if place == "load" else "a"]
+    for text in (repr(said), repr(new), repr(returned), repr(job.load)):
+        assert "s3cret" not in text
+
+
+def test_the_parts_of_a_batch_job_keep_their_own_minions(cache: Cache) -> None:
+    """3008 publishes a batch job part by part under one jid, and the folder has the minions of all."""
+    cache.job(JID, load_of(tgt=["web1", "web2", "web3"], tgt_type="list"), ["web1", "web2", "web3"])
+    for part in (["web1", "web2"], ["web3"]):
+        data = new_data(tgt=part, tgt_type="list", minions=part)
+        said = cache.confirm(NEW, data)
+        assert (said["minions"], said["tgt"]) == (part, part)
+    forged = cache.confirm(NEW, new_data(tgt=["web1", "db1"], tgt_type="list", minions=["web1", "db1"]))
+    assert (forged["minions"], forged["tgt"]) == (["web1"], ["web1", "web2", "web3"])
+
+
+def test_the_minions_of_syndics_are_of_the_job_too(cache: Cache) -> None:
+    folder = cache.job(JID, load_of(), ["web1"])
+    (folder / ".minions.syndic1.p").write_bytes(values.packed(["db1", "db2"]))
+    (folder / ".minions.syndic2.p").write_bytes(values.packed(["db2", 7]))
+    assert cache.confirm(NEW, new_data(minions=[]))["minions"] == ["db1", "db2", "web1"]
+
+
+def test_a_publish_waits_for_its_minions_which_are_written_a_moment_later(cache: Cache) -> None:
+    cache.job(JID, load_of())
+    assert cache.confirm(NEW, new_data()) is None
+    cache.job(JID, load_of(), [])
+    assert cache.confirm(NEW, new_data())["minions"] == []
+
+
+def test_a_minion_is_missing_only_if_the_job_was_aimed_at_it(cache: Cache) -> None:
+    cache.job(JID, load_of(tgt=["web1", "db1"], tgt_type="list"), ["web1"])
+    said = cache.confirm(NEW, new_data(tgt=["web1", "db1"], tgt_type="list", minions=["web1"], missing=["db1", "xy"]))
+    assert said["missing"] == ["db1"]
+
+
+# The master's own jobs
+
+
+@pytest.mark.parametrize("kind", ["run", "wheel"])
+def test_a_masters_job_is_confirmed_by_its_return_under_the_masters_id(cache: Cache, kind: str) -> None:
+    data = master_data(f"{kind}ner.jobs.active" if kind == "run" else "wheel.key.list_all")
+    cached = {key: value for key, value in data.items() if key != "_stamp"}
+    cache.job(JID, {"id": MASTER, "tgt": MASTER, "jid": JID, "return": cached, "fun": data["fun"], "user": "root"})
+    assert cache.confirm(f"salt/{kind}/{JID}/ret", data) is None
+    cache.returned(JID, MASTER, cached)
+    assert cache.confirm(f"salt/{kind}/{JID}/ret", data) == data
+    assert cache.confirm(f"salt/{kind}/{JID}/ret", {**data, "return": "forged", "user": "x"}) == data
+    cache.returned(OTHER, MASTER, "not a runner's")
+    assert cache.confirm(f"salt/{kind}/{OTHER}/ret", {**data, "jid": OTHER}) is None
+
+
+@pytest.mark.parametrize("kind", ["run", "wheel"])
+def test_the_start_of_a_masters_job_is_confirmed_by_its_process_or_its_load(cache: Cache, kind: str) -> None:
+    tag, data = f"salt/{kind}/{JID}/new", master_data()
+    assert cache.confirm(tag, data) is None
+    assert cache.reader.present([(JID, "")]) == [False]
+    (cache.cachedir / "proc").mkdir()
+    (cache.cachedir / "proc" / JID).touch()
+    assert cache.confirm(tag, data) == data
+    assert cache.reader.present([(JID, "")]) == [True]
+    (cache.cachedir / "proc" / JID).unlink()
+    cache.job(JID, {"fun": "x", "return": 1})
+    assert cache.confirm(tag, data) == data
+
+
+# Many at once
+
+
+def test_each_event_gets_its_own_answer_and_each_load_is_read_once(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.job(JID, load_of(), ["web0"])
+    for n in range(0, 50, 2):
+        cache.returned(JID, f"web{n}", n, retcode=0, success=True)
+    read: list[str] = []
+    real = jobcache._read
+
+    def counted(path: str, folder_fd: int | None = None) -> Any:
+        read.append(path)
+        return real(path, folder_fd)
+
+    monkeypatch.setattr(jobcache, "_read", counted)
+    events = [opened(f"salt/job/{JID}/ret/web{n}", return_data(minion=f"web{n}", value=n)) for n in range(50)]
+    said = cache.reader.confirm([*events, opened(f"salt/job/{OTHER}/ret/a", return_data(jid=OTHER, minion="a"))])
+    assert said == [*(event.data if n % 2 == 0 else None for n, event in enumerate(events)), None]
+    assert sum(path.endswith(".load.p") for path in read) <= 2
+
+
+def test_a_step_of_many_jobs_takes_few_descriptors(cache: Cache) -> None:
+    jids = [f"202601020304050{n:05d}" for n in range(600)]
+    for jid in jids:
+        cache.job(jid, load_of(jid), ["web1"])
+        cache.returned(jid, "web1", True, retcode=0, success=True)
+    events = [opened(f"salt/job/{jid}/ret/web1", return_data(jid=jid)) for jid in jids]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 100, before[1]))
+    try:
+        said = cache.reader.confirm(events)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert said == [event.data for event in events]
+
+
+# What is to be compared
+
+
+def test_folders_come_newest_first_in_rounds_and_each_once(cache: Cache) -> None:
+    jids = [f"202601020304050{n:05d}" for n in range(100)]
+    for n, jid in enumerate(jids):
+        cache.job(jid, load_of(jid), [], at=1e9 + n // 3)
+    found: list[Folder] = []
+    while some := cache.reader.folders(since=1e9 + 10, before=found[-1] if found else None, most=7):
+        assert len(some) <= 7
+        found += some
+    assert [folder.changed_at for folder in found] == sorted((folder.changed_at for folder in found), reverse=True)
+    read = [cache.reader.job(folder) for folder in found]
+    assert sorted(job.jid for job in read if job) == jids[30:]
+
+
+def test_a_job_says_who_returned_and_what_it_was(cache: Cache) -> None:
+    folder = cache.job(JID, load_of(), ["web1", "web2"])
+    (folder / "endtime").write_text("2026, Jan 02 03:04:05.000006")
+    cache.returned(JID, "web2", True)
+    cache.returned(JID, "web1", True, out="txt")
+    job = cache.read(JID)
+    assert (job.jid, sorted(job.returned), job.load) == (JID, ["web1", "web2"], load_of())
+
+
+def test_what_is_no_jobs_folder_is_passed_over(cache: Cache) -> None:
+    cache.job(JID, load_of(), [], nocache=True)
+    wrong = cache.job(OTHER, load_of(), [])
+    (wrong / "jid").write_text(JID)
+    jobs = cache.cachedir / "jobs"
+    (jobs / "a file").touch()
+    (jobs / "aa").mkdir()
+    (jobs / "aa" / "empty").mkdir()
+    (jobs / "aa" / "file").touch()
+    (jobs / "aa" / "loop").symlink_to(jobs / "aa")
+    (jobs / "bb" / "binary").mkdir(parents=True)
+    (jobs / "bb" / "binary" / "jid").write_bytes(b"\xff" * 5000)
+    (jobs / "bb" / "pipe").mkdir()
+    (jobs / "bb" / "folder" / "jid").mkdir(parents=True)
+    folders = cache.reader.folders(since=0, before=None, most=100)
+    assert len(folders) >= 6
+    assert [cache.reader.job(folder) for folder in folders] == [None] * len(folders)
+    assert cache.reader.job(Folder(1.0, "gone/meanwhile")) is None
+    assert Cache(cache.cachedir / "none").reader.folders(since=0, before=None, most=5) == []
+
+
+def test_a_jobs_publish_is_told_as_the_bus_would_have(cache: Cache) -> None:
+    cache.job(JID, load_of(), ["web2", "web1"])
+    job = cache.read(JID)
+    body = cache.reader.new_event(job)
+    assert body is not None
+    event = records.open_event(body)
+    assert isinstance(event, Opened)
+    assert event.tag == NEW
+    record = records.interpret(event, 0.0, SELECTION)
+    genuine = records.interpret(opened(NEW, cache.confirm(NEW, new_data())), 0.0, SELECTION)
+    assert isinstance(record, Record)
+    assert record == genuine
+
+
+@pytest.mark.parametrize(
+    "load",
+    [{}, {"fun": "x"}, {"tgt": "*"}, return_data(), {"id": MASTER, "tgt": MASTER, "fun": "runner.x", "return": {}}],
+    ids=repr,
+)
+def test_a_load_that_is_no_publishs_makes_no_publish(cache: Cache, load: dict[str, Any]) -> None:
+    assert cache.reader.new_event(Job(JID, load, [])) is None
+
+
+def test_names_in_a_jobs_folder_that_are_no_text_hinder_nothing(cache: Cache) -> None:
+    folder = os.fsencode(cache.job(JID, load_of(), ["web1"])) + b"/we\xffb"
+    os.mkdir(folder)  # noqa: PTH102 (a name in bytes)
+    with open(folder + b"/return.p", "wb") as file:  # noqa: PTH123
+        file.write(values.packed({"return": 1}))
+    cache.returned(JID, "web1", 1)
+    job = cache.read(JID)
+    made = [cache.reader.return_event(job, minion) for minion in sorted(job.returned)]
+    assert sum(event is not None for event in made) == 1
+
+
+def row(body: bytes | Opened) -> dict[str, Any]:
+    """The row of an event, but for what differs by nature: when it was seen."""
+    event = body if isinstance(body, Opened) else records.open_event(body)
+    assert isinstance(event, Opened)
+    record = records.interpret(event, 0.0, SELECTION)
+    assert isinstance(record, Record)
+    assert record.ret is not None
+    ret, full = record.ret, json.loads(record.ret.full_ret_json)
+    value = json.loads(ret.return_json)
+    if event.job is not None and event.job.kind is not records.Kind.JOB_RETURN:  # the whole event
+        assert value.pop("_stamp")
+        assert full["return"].pop("_stamp")
+    said = {name: full[name] for name in ("return", "fun_args", "success", "retcode", "jid", "id")}
+    return {
+        **said,
+        "row": (
+            ret.jid,
+            ret.id,
+            ret.fun,
+            list(value) if isinstance(value, dict) else 0,
+            value,
+            ret.success,
+            ret.trimmed,
+        ),
+    }
+
+
+@hypothesis.settings(max_examples=80)
+@hypothesis.given(
+    value=values.packable,
+    retcode=st.sampled_from([0, 1, 255, None, {"a.b": 0, "c.d": 1}, [0, 1]]),
+    success=st.sampled_from([True, False, {"a.b": True}, [True, False]]),
+    fun=st.sampled_from(["test.ping", "state.apply", ["a.b", "c.d"]]),
+    args=st.lists(values.scalars, max_size=3),
+    out=st.sampled_from([None, "highstate"]),
+    how=st.sampled_from(["published", "called", "run", "wheel"]),
+)
+def test_a_return_from_the_cache_is_the_row_of_the_genuine_event(
+    tmp_path_factory: pytest.TempPathFactory,
+    value: Any, retcode: Any, success: Any, fun: Any, args: list[Any], out: Any, how: str,
+) -> None:  # fmt: skip
+    cache = Cache(tmp_path_factory.mktemp("cache"))
+    if how in ("run", "wheel"):
+        data = master_data(
+            "runner.a" if how == "run" else "wheel.a", success=success, fun_args=args, **{"return": value}
+        )
+        cached = {key: its for key, its in data.items() if key != "_stamp"}
+        tag, minion = f"salt/{how}/{JID}/ret", MASTER
+        cache.job(JID, {"id": MASTER, "tgt": MASTER, "jid": JID, "return": cached, "fun": data["fun"], "user": "root"})
+        cache.returned(JID, MASTER, cached)
+    else:
+        tag, minion = RETURN, "web1"
+        data = return_data(value=value, retcode=retcode, success=success, fun=fun, fun_args=args)
+        if out:
+            data["out"] = out
+        if how == "called":  # the master adds what its load of a publish would have
+            del data["success"], data["user"]
+            cache.job(JID, {**data, "arg": args, "tgt": "web1", "tgt_type": "glob"})
+        else:
+            cache.job(JID, load_of(fun=fun, arg=args), ["web1"])
+        kept = {key: data[key] for key in ("retcode", "success") if key in data}
+        cache.returned(JID, "web1", value, out=out, at=1767323045.25, **kept)
+    event = records.open_event(tag.encode() + b"\n\n" + values.packed(data))
+    if not isinstance(event, Opened):  # Python cannot hold it
+        return
+    job = cache.read(JID)
+    made = cache.reader.return_event(job, minion)
+    assert made is not None
+    assert row(made) == row(event)
+    (said,) = cache.reader.confirm([event])
+    assert isinstance(said, dict)
+    assert row(records.with_payload(event, said)) == row(event)
+    assert jsontext.dumps(said) == jsontext.dumps(event.data) or how in ("run", "wheel")
+    if how == "published":
+        again = records.open_event(made)
+        assert isinstance(again, Opened)
+        assert again.data["_stamp"] == "2026-01-02T03:04:05.250000+00:00"
+
+
+# As Salt writes it
+
+_SALT = """
+import sys, json
+import salt.config
+from salt.returners import local_cache
+
+opts = salt.config.master_config(None)
+opts.update(json.loads(sys.argv[1]))
+local_cache.__opts__ = opts
+jid, other, load, data = json.loads(sys.argv[2])
+local_cache.prep_jid(passed_jid=jid)
+local_cache.save_load(jid, load, minions=["web1", "web2"])
+local_cache.returner(data)
+local_cache.returner({**data, "id": "web2", "return": None, "retcode": 2, "success": False, "out": "highstate"})
+local_cache.returner({**data, "return": "a second one, which is ignored"})
+local_cache.prep_jid(nocache=True, passed_jid=other)
+"""
+
+
+@pytest.mark.parametrize("hash_type", ["sha256", "md5"])
+def test_what_salts_own_local_cache_wrote_is_read(tmp_path: Path, hash_type: str) -> None:
+    opts = {"cachedir": str(tmp_path), "hash_type": hash_type, "id": MASTER}
+    load, data = load_of(), return_data(value={"ü": ["x", 1.5, None]})
+    arguments = [json.dumps(opts), json.dumps([JID, OTHER, load, data])]
+    subprocess.run([sys.executable, "-c", _SALT, *arguments], check=True, capture_output=True)
+    reader = JobCache(opts)
+    second = return_data(minion="web2", value=None, retcode=2, success=False, out="highstate")
+    said = reader.confirm(
+        [
+            opened(RETURN, data),
+            opened(f"salt/job/{JID}/ret/web2", second),
+            opened(NEW, new_data()),
+            opened(f"salt/job/{OTHER}/ret/web1", return_data(jid=OTHER)),
+        ]
+    )
+    assert said[:2] == [data, second]
+    assert said[2] == {**new_data(), "kwargs": load["kwargs"], "ret": ""}
+    assert isinstance(said[3], NoCache)
+    folders = reader.folders(since=0, before=None, most=10)
+    assert len(folders) == 2
+    (job,) = [job for job in map(reader.job, folders) if job]
+    assert (job.jid, sorted(job.returned)) == (JID, ["web1", "web2"])
+    for minion, genuine in (("web1", data), ("web2", second)):
+        made = reader.return_event(job, minion)
+        assert made is not None
+        assert row(made) == row(opened(f"salt/job/{JID}/ret/{minion}", genuine))
+
+
+def test_the_files_of_these_tests_are_msgpack_as_salts() -> None:
+    assert msgpack.unpackb(values.packed(load_of())) == load_of()
