@@ -113,6 +113,19 @@ def site(mariadb: MariaDB, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture
 def make_site(mariadb: MariaDB, tmp_path: Path) -> Iterator[Callable[..., Site]]:
     """Makes sites of a test's own, not started yet; each with a database of its own."""
+    with _site_maker(mariadb, tmp_path) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def make_module_site(mariadb: MariaDB, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Site]]:
+    """The same for sites that the tests of a file share."""
+    with _site_maker(mariadb, tmp_path_factory.mktemp("module")) as make:
+        yield make
+
+
+@contextlib.contextmanager
+def _site_maker(mariadb: MariaDB, folder: Path) -> Iterator[Callable[..., Site]]:
     with contextlib.ExitStack() as made:
         number = 0
 
@@ -120,6 +133,6 @@ def make_site(mariadb: MariaDB, tmp_path: Path) -> Iterator[Callable[..., Site]]
             nonlocal number
             number += 1
             database = made.enter_context(scratch(mariadb))
-            return Site(tmp_path / f"site{number}", database, config or {}, **options)
+            return Site(folder / f"site{number}", database, config or {}, **options)
 
         yield make
