@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import sqlite3
 import time
@@ -27,6 +28,7 @@ MEMORY_BYTES = 64 * 1024 * 1024
 _EVENT_BYTES = 400
 """What an event takes in memory beside its body."""
 _RETRY_SECONDS = 1.0
+_APPEND_EVENTS, _APPEND_BYTES = 2000, 4 * 1024 * 1024
 
 InJournal = Callable[..., Awaitable[Any]]
 """Runs a function in the journal's thread."""
@@ -55,6 +57,8 @@ class Capture:
         self._on_loss = on_loss
         self._lost = False
         self._held: list[NewEvent] = []
+        self._group: list[NewEvent] = []
+        """What is being journalled."""
         self._bytes = 0
         self._full = asyncio.Event()
         self._some = asyncio.Event()
@@ -63,7 +67,7 @@ class Capture:
     @property
     def held(self) -> int:
         """Events in memory only."""
-        return len(self._held)
+        return len(self._group) + len(self._held)
 
     def on_event(self, body: bytes) -> None:
         """Takes one event of the bus, or leaves it."""
@@ -80,12 +84,16 @@ class Capture:
                 log.error("Memory for events is full and the journal is not taking any; dropping and counting")
             self.dropped += 1
             return
-        self._held.append(NewEvent(time.time(), job.jid if job else "", job.minion if job else "", body))
+        jid, minion = ("", "") if job is None else (job.jid, job.minion or self._master_of(job))
+        self._held.append(NewEvent(time.time(), jid, minion, body))
         self._bytes += len(body) + _EVENT_BYTES
-        if len(self._held) == 1:
-            self._some.set()
+        self._some.set()
         if len(self._held) >= GROUP_EVENTS:
             self._full.set()
+
+    def _master_of(self, job: records.Tag) -> str:
+        """Whose return a runner's or wheel's is, as the job cache has it."""
+        return self.selection.master_id if job.kind in records.MASTER_RETURNS else ""
 
     async def run(self) -> None:
         """Journals groups until cancelled. To lose nothing, :meth:`drain` once before cancelling."""
@@ -106,20 +114,32 @@ class Capture:
             sqlite3.Error: the journal could not be written; the events are held as before.
         """
         async with self._writing:
-            group, self._held = self._held, []
-            size = self._bytes
-            dropped, self.dropped = self.dropped, 0
             self._some.clear()
             self._full.clear()
-            try:
-                taken = await self._in_journal(lambda: self._journal.append(group, dropped=dropped))
-            except sqlite3.Error:
-                self._held = group + self._held
-                self.dropped += dropped
-                self._some.set()
-                raise
-            self._bytes -= size
+            left = len(self._held)
+            while left > 0 or self.dropped:
+                left -= await self._journal_some(left)
         self.last_error = ""
+
+    async def _journal_some(self, most: int) -> int:
+        """Journals a group and gives its size. Groups are small, so that a disk that was full takes them one by one."""
+        size = count = 0
+        for event in itertools.islice(self._held, min(most, _APPEND_EVENTS)):
+            if count and size >= _APPEND_BYTES:
+                break
+            count += 1
+            size += len(event.body) + _EVENT_BYTES
+        self._group, self._held = self._held[:count], self._held[count:]
+        dropped, self.dropped = self.dropped, 0
+        try:
+            taken = await self._in_journal(lambda: self._journal.append(self._group, dropped=dropped))
+        except sqlite3.Error:
+            self._group, self._held = [], self._group + self._held
+            self.dropped += dropped
+            self._some.set()
+            raise
+        self._group = []
+        self._bytes -= size
         if taken:
             self._on_append(taken, size)
         if dropped or self._journal.full:
@@ -127,6 +147,7 @@ class Capture:
         elif self._lost:
             self._lost = False
             self._on_loss()
+        return count
 
     def _say(self, message: str) -> None:
         if message != self.last_error:

@@ -115,7 +115,9 @@ class Engine:
             else None
         )
         self._bus = BusReader(
-            self._opts, on_event=self._capture.on_event, on_gap=lambda: self._ask_reconcile("a gap on the bus")
+            self._opts,
+            on_event=self._capture.on_event,
+            on_gap=self._reconciler.ask_after_gap if self._reconciler else lambda: None,
         )
         self._apply(self._settings)
 

@@ -33,6 +33,7 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 _SECRETS = ("token", "password", "key", "auth_list")
 """What eauth may leave in a load or its ``kwargs`` (``publish``, salt/master.py: only ``auth_list`` is taken out)."""
 
+_ATOMIC_WRITE = ".___atomic_write"
 _OF_LOAD = ("fun", "user")
 
 
@@ -101,7 +102,7 @@ class JobCache:
         if tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
             return data if load is not None or os.path.exists(f"{self._proc}/{tag.jid}") else None  # noqa: PTH110
         minion = tag.minion if tag.kind is Kind.JOB_RETURN else self._master_id
-        cached = _return(minion, job.fd)
+        cached = _return(minion, job)
         if cached is None:
             return NoCache() if job.no_cache else None
         if tag.kind is not Kind.JOB_RETURN:
@@ -163,18 +164,19 @@ class JobCache:
     def job(self, folder: Folder) -> Job | None:
         """What a folder holds; ``None`` for one that is no job's (any more), or whose job asked not to be kept."""
         path = str(self._jobs / folder.name)
-        try:
-            jid = Path(path, "jid").read_bytes()[:64].decode()
-        except (OSError, UnicodeDecodeError):
-            return None
-        if not records.is_jid(jid) or self._folder(jid) != path:
-            return None
-        names = [entry.name for entry in _entries(path)]
-        if "nocache" in names:
-            return None
-        returned = [name for name in names if not name.startswith(".") and name not in ("jid", "endtime")]
         with _open_job(path) as opened:
-            return Job(jid, opened.load or {}, returned)
+            names = [entry.name for entry in _entries(path)]
+            try:
+                jid = Path(path, "jid").read_bytes()[:64].decode()
+            except (OSError, UnicodeDecodeError):
+                jid = ""
+            load = opened.load or {}
+            if not records.is_jid(jid):
+                # Salt truncates the file and writes it anew at every return: a master that died then left it empty.
+                jid = str(load.get("jid"))
+            if not records.is_jid(jid) or self._folder(jid) != path or opened.no_cache:
+                return None
+            return Job(jid, load, [name for name in names if _is_id(name) and name not in ("jid", "endtime")])
 
     def new_event(self, job: Job) -> bytes | None:
         """The event of a job's publish; ``None`` where the load is no publish's."""
@@ -198,14 +200,14 @@ class JobCache:
         """The event of a minion's return, stamped with the time at which it was stored; ``None``: no such return."""
         folder = self._folder(job.jid)
         with _open_job(folder) as opened:
-            cached = _return(minion, opened.fd)
+            cached = _return(minion, opened)
             out = None if cached is None else _read(f"{minion}/out.p", opened.fd)
         if cached is None:
             return None
-        try:
-            stamp = {"_stamp": records.utc(Path(folder, minion, "return.p").stat().st_mtime).isoformat()}
-        except OSError:
+        stored_at = _changed_at(f"{folder}/{minion}/return.p") or _changed_at(f"{folder}/{minion}")
+        if stored_at is None:
             return None
+        stamp = {"_stamp": records.utc(stored_at).isoformat()}
         kind = _master_kind(cached["return"], job.jid) if minion == self._master_id else None
         if kind is not None:
             return records.try_pack(f"salt/{kind}/{job.jid}/ret", {**cached["return"], **stamp})
@@ -244,8 +246,9 @@ class JobCache:
 
 
 class _OpenJob(NamedTuple):
-    """A job's folder, open (``None``: there is none), and its load."""
+    """A job's folder, open (``fd`` is ``None``: there is none), and its load."""
 
+    path: str
     fd: int | None
     load: dict[str, Any] | None
     no_cache: bool
@@ -256,10 +259,10 @@ def _open_job(folder: str) -> Iterator[_OpenJob]:
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        yield _OpenJob(None, None, no_cache=False)
+        yield _OpenJob(folder, None, None, no_cache=False)
         return
     try:
-        yield _OpenJob(fd, _load(fd), no_cache=os.path.exists(f"{folder}/nocache"))  # noqa: PTH110
+        yield _OpenJob(folder, fd, _load(fd), no_cache=os.path.exists(f"{folder}/nocache"))  # noqa: PTH110
     finally:
         os.close(fd)
 
@@ -275,10 +278,15 @@ def _load(folder_fd: int) -> dict[str, Any] | None:
     return load
 
 
-def _return(minion: str, folder_fd: int | None) -> dict[str, Any] | None:
-    if folder_fd is None or not _is_name(minion):
+def _return(minion: str, job: _OpenJob) -> dict[str, Any] | None:
+    if job.fd is None or not _is_name(minion):
         return None
-    cached = _read(f"{minion}/return.p", folder_fd)
+    cached = _read(f"{minion}/return.p", job.fd)
+    if cached is None:
+        # A master that died before it renamed the file (salt/utils/atomicfile.py) takes no second return either.
+        for entry in _entries(f"{job.path}/{minion}"):
+            if cached is None and entry.name.startswith(_ATOMIC_WRITE):
+                cached = _read(entry.path)
     return cached if isinstance(cached, dict) and "return" in cached else None
 
 
@@ -305,6 +313,15 @@ def _is_name(minion: str) -> bool:
     return bool(minion) and "/" not in minion and "\0" not in minion and not minion.startswith(".")
 
 
+def _is_id(name: str) -> bool:
+    """Whether a file's name can be a minion's id: text, and not hidden."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return not name.startswith(".")
+
+
 def _texts(value: Any) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
@@ -313,8 +330,15 @@ def _entries(path: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(path) as entries:
             return list(entries)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a surrogate in a name
         return []
+
+
+def _changed_at(path: str) -> float | None:
+    try:
+        return os.stat(path).st_mtime  # noqa: PTH116 (a name of a stranger)
+    except (OSError, ValueError):
+        return None
 
 
 def _read(path: str, folder_fd: int | None = None) -> Any:

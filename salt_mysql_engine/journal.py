@@ -109,6 +109,7 @@ CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID
 _PAGE_BYTES = 4096
 _KEEP_FREE_PAGES, _GIVE_BACK_PAGES = 4096, 4096  # 16 MiB each
 _MAX_WAL_BYTES = 8 * 1024 * 1024
+_RESERVE_BYTES = 2 * _MAX_WAL_BYTES
 _MAX_APPEND_ROWS = 190  # times five values: SQLite before 3.32 takes 999 in a statement
 _ROW_BYTES = 150
 """What an event takes in the file beside its body, in the table and its index."""
@@ -170,13 +171,14 @@ REASONS = {
 
 
 class Settlement(NamedTuple):
-    """What became of some events: their ``seq``, counts by fate, and (reason, error) of dead letters by ``seq``."""
+    """What became of some events: their ``seq``, counts by fate, and (reason, error) of dead letters by ``seq``.
+
+    The fate ``trimmed`` counts beside the others.
+    """
 
     seqs: Sequence[int]
     fates: Mapping[str, int]
     dead: Mapping[int, tuple[str, str]]
-    trimmed: int = 0
-    """How many of the returns hold a value that Salt had trimmed."""
 
 
 class Caps(NamedTuple):
@@ -284,6 +286,8 @@ class Journal:
         hold back while the journal is ``full``.
         """
         total = len(events)
+        if events:
+            self._leave_room_to_settle()
         with self._transaction():
             freed, events = self._fit(events)
             for start in range(0, len(events), _MAX_APPEND_ROWS):
@@ -301,6 +305,15 @@ class Journal:
         self.pending += len(events) - freed
         self._say_how_full(lost=freed + total - len(events))
         return len(events)
+
+    def _leave_room_to_settle(self) -> None:
+        """On a disk that is full to the last page nothing could be deleted either: deleting writes to the WAL."""
+        disk = os.statvfs(self.path.parent)
+        (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
+        if disk.f_bavail * disk.f_frsize + free * _PAGE_BYTES < _RESERVE_BYTES:
+            raise sqlite3.OperationalError(
+                f"database or disk is full: less than {_RESERVE_BYTES // 2**20} MiB are left"
+            )
 
     def _fit(self, events: Sequence[NewEvent]) -> tuple[int, Sequence[NewEvent]]:
         """How many old events made room, and which of the new ones fit."""
@@ -381,7 +394,6 @@ class Journal:
             fates = collections.Counter(settlement.fates)
             if found_again > 0:
                 fates["dropped.journal_corrupt"] -= found_again
-            fates["trimmed"] += settlement.trimmed
             self._count({**fates, **self._trim_dead_letters(settlement.dead)})
         self.pending -= deleted + buried
 
@@ -619,8 +631,8 @@ class Journal:
     def books(self) -> dict[str, Any]:
         """``captured = written + duplicates + pending + dead_letters + ignored{reason} + dropped{reason}``.
 
-        Beside that, ``waiting`` are those of the pending that wait for the job cache, ``trimmed`` the returns
-        (written or duplicates) that came with a value that Salt had trimmed.
+        Beside that, ``waiting`` are those of the pending that wait for the job cache, ``trimmed`` those of
+        the written that hold a value which Salt had trimmed.
         """
         counters = self._counters()
         return {
@@ -706,7 +718,7 @@ class Journal:
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only takes effect before the first table
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        # What an outage or a shrinking made of the WAL is given back. What stays lets deletes go on on a full disk.
+        # What an outage or a shrinking made of the WAL is given back.
         db.execute(f"PRAGMA journal_size_limit = {_MAX_WAL_BYTES}")
         with db:
             db.execute("BEGIN IMMEDIATE")

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 3.0
 """After a start or a gap: by then the events that are on their way are journalled, and their copies written."""
+_SECOND_LOOK_SECONDS = 45.0
 _OVERLAP_SECONDS = 120.0
 _ROUND_FOLDERS = 20_000
 _STEP_JOBS, _STEP_RETURNS = 50, 1000
@@ -121,6 +122,11 @@ class Reconciler:
         """A pass as soon as may be: ``since`` a moment (seconds since the epoch), or since the last one (``None``)."""
         self._asked[reason] = since
         self._news.set()
+
+    def ask_after_gap(self) -> None:
+        """A pass now, and one later: a bus that begins anew may still swallow what the master's workers send first."""
+        self.ask("a gap on the bus")
+        asyncio.get_running_loop().call_later(_SECOND_LOOK_SECONDS, self.ask, "a gap a while ago")
 
     async def run(self) -> None:
         """Passes, when asked for and on the timer; until cancelled."""
@@ -269,7 +275,7 @@ class Reconciler:
         self, job: Job, minions: list[str], known: set[tuple[str, str]], loads: dict[str, str]
     ) -> Iterator[NewEvent]:
         new = self._cache.new_event(job) if (job.jid, "") not in known else None
-        if new is not None and _says_more(new, loads.get(job.jid)):
+        if new is not None and self._becomes_row(new) and _says_more(new, loads.get(job.jid)):
             yield NewEvent(time.time(), job.jid, "", new, trusted=True)
         for minion in minions:
             if (job.jid, minion) in known:
@@ -277,12 +283,15 @@ class Reconciler:
             body = self._cache.return_event(job, minion)
             if body is None:
                 self._note(unreadable=1)
-            elif self._selected(body):
+            elif self._becomes_row(body):
                 yield NewEvent(time.time(), job.jid, minion, body, trusted=True)
 
-    def _selected(self, body: bytes) -> bool:
+    def _becomes_row(self, body: bytes) -> bool:
+        """Whether the writer would make a row of it: else it would be found missing again and again."""
         event = records.open_event(body)
-        return isinstance(event, records.Opened) and event.job is not None and self.selection.wants_job(event.job)
+        return isinstance(event, records.Opened) and isinstance(
+            records.interpret(event, time.time(), self.selection), records.Record
+        )
 
     def _note(self, *, total_jobs: int | None = None, **more: int) -> None:
         assert self.now is not None

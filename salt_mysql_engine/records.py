@@ -72,6 +72,9 @@ class Kind(enum.Enum):
     WHEEL_RETURN = "wheel return"
 
 
+MASTER_RETURNS = frozenset({Kind.RUNNER_RETURN, Kind.WHEEL_RETURN})
+"""Returns whose minion is the master itself."""
+
 # Nearly every event is one, and looking up an Enum's member costs as much as parsing the tag.
 _JOB_RETURN = Kind.JOB_RETURN
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_CORRUPTION = ("malformed", "not a database", "disk image", "database corruption")
+_CORRUPTION = ("malformed", "not a database", "disk image", "database corruption", "Could not decode to UTF-8")
 _RANGES = (4096, 64, 1)
 _KEEP_FILES = 3
 _MAX_SEQ = 2**53
@@ -68,6 +68,7 @@ def remove(path: Path) -> None:
 def copy(source: Path, into: sqlite3.Connection) -> Report:
     """Copies what is readable into an empty journal, inside the caller's transaction; the books balance after it."""
     with contextlib.closing(sqlite3.connect(source, isolation_level=None)) as old:
+        old.text_factory = lambda text: text.decode(errors="replace")
         old.execute("PRAGMA writable_schema = ON")  # else a file that was cut off is refused as a whole
         saved = {table: _copy_rows(old, into, table) for table in ("events", "waiting", "dead_letters")}
         _copy_table(old, into, "counters", "name", "value")
@@ -107,7 +108,10 @@ def _last_number(old: sqlite3.Connection) -> int | None:
 
 
 def _balance(db: sqlite3.Connection, saved: int) -> int | None:
-    db.execute("DELETE FROM counters WHERE typeof(value) <> 'integer'")
+    db.execute(
+        "DELETE FROM counters WHERE typeof(value) <> 'integer' OR NOT (name IN ('captured', 'written', 'duplicates', "
+        "'trimmed') OR name LIKE 'ignored.%' OR name LIKE 'dropped.%')"
+    )
     counters: dict[str, int] = dict(db.execute("SELECT name, value FROM counters"))
     settled = sum(value for name, value in counters.items() if name not in ("captured", "trimmed"))
     lost = int(counters.get("captured", 0) - settled - saved)

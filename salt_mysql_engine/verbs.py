@@ -61,6 +61,7 @@ def reconcile(opts: Mapping[str, Any], since: Any, show: Callable[[str], None]) 
         time.sleep(_POLL_SECONDS)
         state = control.ask(opts, "reconcile_progress", timeout=30.0)
         if state["passes"] > before and "request" in state["last"]["reason"]:
+            show("")
             return dict(state["last"])
         running = state["running"]
         if running:

@@ -248,7 +248,7 @@ class Writer:
                 log.warning("The database at %s takes rows again", self.server_host)
                 self.failing = False
             dead = {item.seq: ("fault", item.error) for item in batch if item.error}
-            await self._settle(Settlement([item.seq for item in batch], fates, dead, _trimmed(batch)))
+            await self._settle(Settlement([item.seq for item in batch], fates, dead))
             now = time.time()
             self.lags.extend(now - item.captured_at for item in batch)
             return
@@ -298,6 +298,7 @@ class Writer:
             return dict(ignored)
         session = await self._ready()
         try:
+            trimmed = await self._new_trimmed(session, rows)
             written, conflicts = await self._write_rows(session, rows)
             session.check_escapes()
             await session.commit()
@@ -306,7 +307,18 @@ class Writer:
             if session.usable:
                 await session.rollback()
             raise
-        return {**ignored, "written": written, "duplicates": len(rows) - written}
+        return {**ignored, "written": written, "duplicates": len(rows) - written, "trimmed": trimmed}
+
+    async def _new_trimmed(self, session: Session, items: list[Item]) -> int:
+        """How many returns with a trimmed value have no row yet."""
+        rets = [item.outcome.ret for item in items if isinstance(item.outcome, records.Record) and item.outcome.ret]
+        keys = sorted(
+            {(ret.jid, ret.id) for ret in rets if ret.trimmed} - {(r.jid, r.id) for r in rets if not r.trimmed}
+        )
+        stored = 0
+        for start in range(0, len(keys), sql.MAX_KEYS):
+            stored += len(await session.query(sql.select_returned(keys[start : start + sql.MAX_KEYS])))
+        return len(keys) - stored
 
     async def _ready(self) -> Session:
         """The session, opened if need be, its tables looked at."""
@@ -484,14 +496,6 @@ class Writer:
 
 def _digest(ret: Return) -> str:
     return hashlib.sha1(ret.return_json.encode(), usedforsecurity=False).hexdigest()
-
-
-def _trimmed(batch: list[Item]) -> int:
-    """How many returns of the batch hold a value that Salt trimmed."""
-    return sum(
-        isinstance(item.outcome, records.Record) and item.outcome.ret is not None and item.outcome.ret.trimmed
-        for item in batch
-    )
 
 
 def _parsed(text: str) -> Any:

@@ -371,7 +371,7 @@ def test_whatever_stands_in_the_cache_and_in_the_event_raises_nothing(
 
 @pytest.mark.parametrize("place", ["load", "kwargs"])
 def test_credentials_of_eauth_are_taken_out(cache: Cache, place: str) -> None:
-    secrets = {"token": "s3cret", "password": "s3cret", "key": "s3cret", "auth_list": ["s3cret"]}
+    secrets: dict[str, Any] = {"token": "s3cret", "password": "s3cret", "key": "s3cret", "auth_list": ["s3cret"]}
     load = load_of(**secrets) if place == "load" else load_of(kwargs={"a": 1, **secrets})
     cache.job(JID, load, ["web1"])
     cache.returned(JID, "web1", True)
@@ -507,6 +507,24 @@ def test_a_job_says_who_returned_and_what_it_was(cache: Cache) -> None:
     cache.returned(JID, "web1", True, out="txt")
     job = cache.read(JID)
     assert (job.jid, sorted(job.returned), job.load) == (JID, ["web1", "web2"], load_of())
+
+
+@pytest.mark.parametrize("left", [b"", b"2026"])
+def test_a_job_whose_jid_file_a_dying_master_left_torn_is_known_by_its_load(cache: Cache, left: bytes) -> None:
+    (cache.job(JID, load_of(), ["web1"]) / "jid").write_bytes(left)
+    cache.returned(JID, "web1", True)
+    assert cache.read(JID).returned == ["web1"]
+
+
+def test_a_return_that_a_dying_master_had_not_renamed_yet_is_found(cache: Cache) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    file = cache.returned(JID, "web1", True, retcode=0, success=True)
+    whole = file.read_bytes()
+    unfinished = file.rename(file.with_name(".___atomic_write5x3k"))
+    assert cache.confirm(RETURN, return_data()) == return_data()
+    assert cache.reader.return_event(cache.read(JID), "web1") is not None
+    unfinished.write_bytes(whole[:-1])
+    assert cache.confirm(RETURN, return_data()) is None
 
 
 def test_what_is_no_jobs_folder_is_passed_over(cache: Cache) -> None:

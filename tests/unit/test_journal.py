@@ -239,7 +239,7 @@ class JournalAgainstADict(RuleBasedStateMachine):
         fates = dict(zip(seqs, itertools.cycle(some)))
         dead = {seq: (fate, f"error {seq}") for seq, fate in fates.items() if fate in REASONS}
         counts = collections.Counter(fate for fate in fates.values() if fate not in REASONS)
-        self.journal.settle(Settlement(seqs[::-1], counts, dead, trimmed))
+        self.journal.settle(Settlement(seqs[::-1], {**counts, "trimmed": trimmed}, dead))
         self.fates += counts
         self.fates["trimmed"] += trimmed
         self.dead.update({seq: (self.pending[seq], *why) for seq, why in dead.items()})

@@ -224,4 +224,4 @@ def test_a_pass_is_asked_for_and_waited_for_with_progress(monkeypatch: pytest.Mo
     shown: list[str] = []
     assert verbs.reconcile(OPTS, None, shown.append)["returns_added"] == 7
     assert requests[0] == ("reconcile", None)
-    assert [line.split(":")[0][-20:] for line in shown] == ["jobs, 0 rows missing", "waiting"]
+    assert [line.split(":")[0][-20:] for line in shown] == ["jobs, 0 rows missing", "waiting", ""]

@@ -1,0 +1,510 @@
+"""Returns become rows once the master's job cache holds them, as it holds them; the others wait, and hold nobody up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+
+from salt_mysql_engine.records import TRIMMED
+from tests.support.scratch import Scratch
+from tests.support.shipping import (
+    MASTER,
+    Cache,
+    Shipping,
+    body,
+    copy_journal,
+    jid,
+    master_data,
+    published,
+    return_data,
+    returned,
+    returns,
+)
+
+pytestmark = pytest.mark.faults
+
+Make = Callable[..., Shipping]
+SOON = {"flush_interval": 0.05}
+NOWHERE = 1
+"""A port at which no server listens: the database is down."""
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def verifying(shipping: Make, cache: Cache) -> Make:
+    """Makes a `Shipping` that verifies with the test's job cache."""
+
+    def make(journal: str = "journal", **options: Any) -> Shipping:
+        return shipping(journal, cachedir=cache.cachedir, **{**SOON, **options})
+
+    return make
+
+
+def stored(database: Scratch) -> dict[tuple[str, str], Any]:
+    """The return of each (jid, minion)."""
+    return {(row["jid"], row["id"]): json.loads(row["return"]) for row in database.rows("salt_returns")}
+
+
+def full_ret(database: Scratch) -> dict[str, Any]:
+    return dict(json.loads(database.row("salt_returns")["full_ret"]))
+
+
+async def letters(ship: Shipping) -> list[Any]:
+    return list(await ship._in_journal(ship.journal.dead_letters))
+
+
+async def waiting(ship: Shipping, count: int) -> None:
+    """Until so many wait for the job cache."""
+    await ship.until(lambda: ship.verifier.waiting == count)
+
+
+# What the cache holds is written
+
+
+async def test_what_the_cache_holds_is_written_as_it_came(database: Scratch, cache: Cache, verifying: Make) -> None:
+    job = published(jid(1), ["web1", "web2"])
+    bodies = [
+        job,
+        returned(jid(1), "web1", {"a": 1}),
+        returned(jid(1), "web2", [1.5, None, "ü😀"], retcode=2, success=False, out="highstate"),
+        body(f"salt/job/{jid(2)}/ret/call", return_data(jid(2), "call")),
+        body(f"salt/run/{jid(3)}/ret", master_data(jid(3), "runner.jobs.active")),
+        body(f"salt/wheel/{jid(4)}/ret", master_data(jid(4), "wheel.key.list_all")),
+    ]
+    cache.accept(*bodies)
+    async with verifying() as ship:
+        books = await ship.ship(*bodies)
+        assert (books["written"], books["waiting"], ship.verifier.corrected) == (len(bodies), 0, 0)
+    verified = {table: database.rows(table) for table in ("jids", "salt_returns")}
+    assert len(verified["salt_returns"]) == 5
+    (load,) = [json.loads(row["load"]) for row in verified["jids"] if row["jid"] == jid(1)]
+    assert load["kwargs"] == {"delimiter": ":", "metadata": {"of": jid(1)}}
+    assert load["Minions"] == ["web1", "web2"]
+    database.sql("DELETE FROM salt_returns")
+    async with verifying("other", verify_returns=False) as ship:
+        await ship.ship(*bodies)
+    assert database.rows("salt_returns") == verified["salt_returns"], "they are what they would be without the cache"
+
+
+async def test_a_return_waits_for_its_copy_and_holds_no_other_up(
+    database: Scratch, cache: Cache, verifying: Make
+) -> None:
+    late, early = returns(20), returns(200, first=21)
+    cache.accept(*early)
+    async with verifying(batch_size=50) as ship:
+        began = time.monotonic()
+        books = await ship.ship(*late[:10], *early, *late[10:])
+        assert (books["written"], books["waiting"], books["pending"]) == (200, 20, 20)
+        assert time.monotonic() - began < 5
+        cache.accept(*late)
+        began = time.monotonic()
+        books = await ship.settled()
+        assert time.monotonic() - began < 3
+        assert (books["written"], books["waiting"], books["dead_letters"]) == (220, 0, 0)
+    assert database.count("salt_returns") == 220
+
+
+async def test_returns_whose_copies_come_a_moment_after_them_are_all_written(
+    database: Scratch, cache: Cache, verifying: Make
+) -> None:
+    bodies = returns(400)
+
+    async def master(ship: Shipping) -> None:
+        for start in range(0, len(bodies), 20):
+            await ship.take(*bodies[start : start + 20])
+            await asyncio.sleep(0.005)
+            cache.accept(*bodies[start : start + 20])
+
+    async with verifying(batch_size=37, flush_interval=0.01) as ship:
+        await master(ship)
+        books = await ship.settled()
+        assert (books["written"], books["dead_letters"], ship.verifier.corrected) == (400, 0, 0)
+        assert max(ship.writer.lags) < 5
+    assert stored(database) == {(jid(n), f"minion-{n}"): True for n in range(1, 401)}
+
+
+async def test_a_job_that_asked_not_to_be_kept_is_not(database: Scratch, cache: Cache, verifying: Make) -> None:
+    cache.job(jid(1), nocache=True)
+    async with verifying() as ship:
+        books = await ship.ship(returned(jid(1), "web1"))
+        assert (books["ignored"], books["pending"]) == ({"nocache": 1}, 0)
+    assert "salt_returns" not in [name for (name,) in database.sql("SHOW TABLES")]
+
+
+async def test_what_would_be_no_row_anyway_does_not_wait(cache: Cache, verifying: Make) -> None:
+    async with verifying(skip_functions=["test.ping"]) as ship:
+        books = await ship.ship(
+            returned(jid(1), "web1"),
+            returned(jid(2), "web1", cmd="_minion_event", fun="x"),
+            returned(jid(3), "web1", id="web2", fun="x"),
+            returned("nocache", "web1", fun="x"),
+            body("salt/auth", {}),
+        )
+        assert books["ignored"] == {"minion_event": 1, "nocache": 1, "skipped_function": 1, "tag_mismatch": 1}
+        assert (books["waiting"], books["pending"]) == (0, 0)
+
+
+# Forged returns
+
+
+@pytest.mark.parametrize("when", ["before", "after", "in the same batch"])
+async def test_of_a_forged_and_a_genuine_return_only_the_genuine_is_ever_stored(
+    database: Scratch, cache: Cache, verifying: Make, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    genuine = returned(jid(1), "web1", "genuine")
+    forged = returned(jid(1), "web1", "forged", retcode=1, success=False, fun="cmd.run", fun_args=["x"])
+    job = published(jid(1), ["web1"])
+    async with verifying() as ship:
+        if when == "before":
+            await ship.ship(forged)
+            await waiting(ship, 1)
+        cache.accept(job, genuine)
+        if when == "after":
+            await ship.ship(genuine)
+            await ship.ship(forged)
+        elif when == "before":
+            await ship.settled()
+            await ship.ship(genuine)
+        else:
+            await ship.ship(forged, genuine, forged)
+        books = await ship.settled()
+        assert books["written"] == 1
+        assert books["duplicates"] == books["captured"] - 1
+        assert ship.writer.conflicts == 0, "what goes on is what the cache holds"
+        assert ship.verifier.corrected == books["captured"] - 1
+    row = database.row("salt_returns")
+    assert (row["return"], row["success"], row["fun"]) == ('"genuine"', "1", "test.ping")
+    assert "forged" not in row["full_ret"]
+    assert caplog.text.count("says something else than the master's job cache, which is stored instead") == 1
+
+
+async def test_a_forged_return_alone_is_a_dead_letter_and_no_row(
+    database: Scratch, cache: Cache, verifying: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    genuine = returns(5)
+    cache.accept(*genuine)
+    forged = [returned(jid(9), f"victim-{n}", "forged") for n in range(30)]
+    async with verifying(verify_wait_seconds=0.5) as ship:
+        await ship.ship(*forged[:15], *genuine, *forged[15:])
+        await waiting(ship, 30)
+        books = await ship.settled()
+        assert (books["written"], books["dead_letters"]) == (5, 30)
+        dead = await letters(ship)
+        assert [(letter.reason, letter.jid, letter.minion) for letter in dead] == [
+            ("unconfirmed", jid(9), f"victim-{n}") for n in range(30)
+        ]
+        assert {letter.error for letter in dead} == {"not in the master's job cache within 0.5 s"}
+        assert [letter.body for letter in dead] == forged
+    assert database.count("salt_returns") == 5
+    assert caplog.text.count(jid(9)) == 1, "one line a jid"
+
+
+async def test_many_forged_jobs_write_few_lines_into_the_log(
+    database: Scratch, cache: Cache, verifying: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with verifying(verify_wait_seconds=0.3) as ship:
+        await ship.ship(*returns(500))
+        books = await ship.settled()
+        assert (books["written"], books["dead_letters"]) == (0, 500)
+    told = [record for record in caplog.records if record.levelno >= logging.WARNING and "job cache" in record.message]
+    assert 1 <= len(told) <= 20
+
+
+async def test_a_forged_publish_is_no_job_and_cannot_change_one(
+    database: Scratch, cache: Cache, verifying: Make
+) -> None:
+    genuine = published(jid(1), ["web1"], user="root")
+    cache.accept(genuine)
+    async with verifying(verify_wait_seconds=0.3) as ship:
+        await ship.ship(
+            published(jid(1), ["evil"], user="evil", tgt=["evil"], fun="evil", arg=["evil"], missing=["evil"]),
+            published(jid(2), ["web1"], user="evil"),
+            genuine,
+        )
+        books = await ship.settled()
+        assert (books["written"], books["duplicates"], books["dead_letters"]) == (1, 1, 1)
+    assert "evil" not in database.row("jids")["load"]
+    assert json.loads(database.row("jids")["load"])["Minions"] == ["web1"]
+
+
+async def test_whatever_a_stranger_sends_the_next_return_is_written(
+    database: Scratch, cache: Cache, verifying: Make
+) -> None:
+    """Any of these, unmarked, is in any accepted minion's power, and stands in the journal over a restart."""
+    job = published(jid(1), ["web1"])
+    cache.accept(job, returned(jid(1), "web1"))
+    cache.job(jid(2), {"tgt": 5, "fun": [1], "arg": None, "kwargs": 7}, ["web1"])
+    deep: Any = True
+    for _ in range(480):
+        deep = [deep]
+    no_minions: list[Any] = [[["web1"]], [{}], "web1", 5, None]
+    hostile = [
+        *(returned(jid(1), minion) for minion in ("é" * 200, "😀" * 200, "..", ".", ".minions.p", "a\0b", "x" * 255)),
+        *(new_with(jid(1), minions=odd) for odd in no_minions),
+        *(published(jid(1), ["x"], **{key: [[]]}) for key in ("tgt", "missing", "fun", "arg", "user")),
+        *(published(jid(2), ["web1"], missing=odd) for odd in (["web1"], [[1]], 5)),
+        returned(jid(2), "web1", fun=[{}]),
+        returned(jid(1), "web1", deep),
+        f"salt/job/{jid(3)}/ret/web1".encode() + b"\n\n" + deeply_nested(jid(3), 1010),
+    ]
+    (cache.folder(jid(3)) / "web1").mkdir(parents=True)
+    (cache.folder(jid(3)) / "web1" / "return.p").write_bytes(b"\x81\xa6return" + b"\x91" * 1010 + b"\x01")
+    async with verifying(verify_wait_seconds=0.3) as ship:
+        await ship.ship(*hostile)
+        await ship.settled()
+        genuine = returns(1, first=50)
+        cache.accept(*genuine)
+        books = await ship.ship(*genuine)
+        assert books["captured"] == len(hostile) + 1
+    assert (jid(50), "minion-50") in stored(database)
+    assert not [key for key in stored(database) if key[1] not in ("web1", "minion-50")]
+
+
+def new_with(job: str, **changes: Any) -> bytes:
+    """A publish of any types."""
+    tag, _, packed = published(job, ["x"]).partition(b"\n\n")
+    return body(tag.decode(), {**msgpack.unpackb(packed), **changes})
+
+
+def deeply_nested(job: str, levels: int) -> bytes:
+    """A return as deep as msgpack unpacks; it packs less."""
+    data = return_data(job, "web1", b"here")
+    _, _, packed = body("x", data).partition(b"\n\n")
+    return packed.replace(b"\xc4\x04here", b"\x91" * levels + b"\x01")
+
+
+# While the database is away
+
+
+def down(ship: Shipping) -> None:
+    ship.mysql["mysql.port"] = NOWHERE
+
+
+def up(ship: Shipping, database: Scratch) -> None:
+    ship.mysql["mysql.port"] = database.mysql["mysql.port"]
+
+
+async def looked_at(ship: Shipping, count: int) -> None:
+    """Until the verifier is ahead of the writer by this many events."""
+    newest = await ship._in_journal(ship.journal.newest_seq)
+    assert newest >= count
+    await ship.until(lambda: ship.journal.verified_through >= newest)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_what_the_cache_confirmed_while_the_database_was_down_is_written_when_the_cache_has_forgotten_it(
+    database: Scratch, cache: Cache, verifying: Make, restarted: bool
+) -> None:
+    genuine = [returned(jid(n), f"minion-{n}", {"n": n}) for n in range(1, 1201)]
+    cache.accept(*genuine)
+    said_otherwise = [returned(jid(n), f"minion-{n}", "forged") for n in range(1, 1201, 7)]
+    forged = [returned(jid(n), "victim", "forged") for n in range(5000, 5010)]
+    arrive = {body.partition(b"\n\n")[0]: body for body in (*genuine, *said_otherwise)}
+    expected = {(jid(n), f"minion-{n}"): {"n": n} for n in range(1, 1201)}
+    async with verifying(batch_size=10, verify_wait_seconds=0.5) as ship:
+        down(ship)
+        await ship.take_at(time.time() - 60, *arrive.values(), *forged)
+        await looked_at(ship, 1210)
+        await ship.until(lambda: ship.writer.retries > 0 and ship.verifier.waiting == 0)
+        cache.forget()
+        if not restarted:
+            up(ship, database)
+            ship.retune(batch_size=500)
+            books = await ship.settled()
+    if restarted:
+        async with verifying(batch_size=500) as ship:
+            books = await ship.settled()
+    assert (books["written"], books["duplicates"], books["dead_letters"]) == (1200, 0, 10)
+    assert stored(database) == expected
+
+
+async def test_a_killed_engine_remembers_what_the_cache_had_confirmed(
+    database: Scratch, cache: Cache, verifying: Make, tmp_path: Path
+) -> None:
+    bodies = returns(300)
+    cache.accept(*bodies)
+    async with verifying("first", batch_size=10) as ship:
+        down(ship)
+        await ship.take_at(time.time() - 60, *bodies)
+        await looked_at(ship, 300)
+        copy_journal(tmp_path / "first", tmp_path / "second")
+    cache.forget()
+    async with verifying("second") as ship:
+        books = await ship.settled()
+        assert (books["written"], books["dead_letters"]) == (300, 0)
+    assert database.count("salt_returns") == 300
+
+
+async def test_what_came_after_the_look_ahead_is_not_taken_for_confirmed(
+    database: Scratch, cache: Cache, verifying: Make
+) -> None:
+    bodies = returns(50)
+    cache.accept(*bodies)
+    async with verifying(batch_size=10, verify_wait_seconds=0.5) as ship:
+        down(ship)
+        await ship.take_at(time.time() - 60, *bodies)
+        await looked_at(ship, 50)
+        await ship.take(*(returned(jid(n), "victim", "forged") for n in range(1, 51)))
+    async with verifying(verify_wait_seconds=0.5) as ship:
+        books = await ship.settled()
+        assert (books["written"], books["dead_letters"]) == (50, 50)
+    assert all(minion != "victim" for _, minion in stored(database))
+
+
+# Restarts
+
+
+async def test_what_waits_survives_a_restart_and_is_written_once_the_cache_has_it(
+    database: Scratch, cache: Cache, verifying: Make
+) -> None:
+    bodies = returns(30)
+    async with verifying() as ship:
+        await ship.ship(*bodies)
+        await waiting(ship, 30)
+    cache.accept(*bodies[:20])
+    async with verifying() as ship:
+        await ship.until(lambda: ship.journal.pending == 10)
+        assert (await ship.books())["waiting"] == 10
+        cache.accept(*bodies[20:])
+        books = await ship.settled()
+        assert (books["written"], books["dead_letters"]) == (30, 0)
+    assert database.count("salt_returns") == 30
+
+
+async def test_the_time_that_a_return_waits_goes_on_over_a_restart(
+    database: Scratch, cache: Cache, verifying: Make
+) -> None:
+    async with verifying(verify_wait_seconds=2.0) as ship:
+        await ship.ship(returned(jid(1), "web1", "forged"))
+        await waiting(ship, 1)
+    await asyncio.sleep(2.0)  # the time itself is what is tested
+    async with verifying(verify_wait_seconds=2.0) as ship:
+        began = time.monotonic()
+        books = await ship.settled()
+        assert (books["dead_letters"], time.monotonic() - began < 1.5) == (1, True)
+
+
+# Trimmed values
+
+
+@pytest.mark.parametrize("verify", [True, False])
+async def test_a_trimmed_value_is_taken_whole_from_the_cache(
+    database: Scratch, cache: Cache, verifying: Make, verify: bool
+) -> None:
+    whole = {"a": "x" * 100_000, "b": 1}
+    cache.accept(returned(jid(1), "web1", whole))
+    async with verifying(verify_returns=verify or False) as ship:
+        books = await ship.ship(returned(jid(1), "web1", {"a": TRIMMED, "b": 1}))
+        assert (books["written"], books["trimmed"], ship.verifier.corrected) == (1, 0, 0)
+    assert stored(database) == {(jid(1), "web1"): whole}
+    assert "trimmed" not in full_ret(database)
+
+
+@pytest.mark.parametrize(
+    "how", ["the cache has it trimmed", "the cache has it late", "there is none in the cache", "no cache"]
+)
+async def test_a_trimmed_value_that_is_nowhere_whole_is_stored_marked_and_counted(
+    database: Scratch, cache: Cache, verifying: Make, shipping: Make, how: str
+) -> None:
+    trimmed = returned(jid(1), "web1", {"a": TRIMMED})
+    if how == "the cache has it trimmed":
+        cache.accept(trimmed)
+    make = shipping if how == "no cache" else verifying
+    async with make(
+        verify_returns="trimmed" in how, verify_wait_seconds=0.5, **({} if make is verifying else SOON)
+    ) as ship:
+        await ship.ship(trimmed)
+        if how == "the cache has it late":
+            cache.accept(returned(jid(1), "web1", {"a": "whole"}))
+        books = await ship.settled()
+        late = how == "the cache has it late"
+        assert (books["written"], books["trimmed"], books["dead_letters"]) == (1, 0 if late else 1, 0)
+    if late:
+        assert stored(database) == {(jid(1), "web1"): {"a": "whole"}}
+    else:
+        assert database.row("salt_returns")["full_ret"].endswith(', "trimmed": true}')
+        assert (full_ret(database)["trimmed"], full_ret(database)["return"]) == (True, {"a": TRIMMED})
+
+
+async def test_a_whole_return_takes_the_place_of_a_trimmed_row_and_never_the_other_way_round(
+    database: Scratch, shipping: Make
+) -> None:
+    trimmed, whole = returned(jid(1), "web1", {"a": TRIMMED}), returned(jid(1), "web1", {"a": "whole"})
+    async with shipping(**SOON) as ship:
+        await ship.ship(trimmed, returned(jid(2), "web1", "other"))
+        books = await ship.ship(whole)
+        assert (books["written"], books["duplicates"], ship.writer.conflicts) == (3, 0, 0)
+        after = database.rows("salt_returns")
+        assert stored(database) == {(jid(1), "web1"): {"a": "whole"}, (jid(2), "web1"): "other"}
+        assert not after[0]["full_ret"].endswith(', "trimmed": true}')
+        books = await ship.ship(trimmed, whole, returned(jid(1), "web1", "a third"))
+        assert (books["written"], books["duplicates"], ship.writer.conflicts) == (3, 3, 1)
+    assert database.rows("salt_returns") == after
+
+
+@pytest.mark.parametrize("first", ["trimmed", "whole"])
+async def test_a_trimmed_and_a_whole_return_in_one_batch_make_a_whole_row(
+    database: Scratch, shipping: Make, first: str
+) -> None:
+    bodies = [returned(jid(1), "web1", {"a": TRIMMED}), returned(jid(1), "web1", {"a": "whole"})]
+    async with shipping(**SOON) as ship:
+        await ship.ship(*(bodies if first == "trimmed" else bodies[::-1]))
+        assert sum(ship.writer.batches.values()) == 1
+    assert stored(database) == {(jid(1), "web1"): {"a": "whole"}}
+    assert "trimmed" not in full_ret(database)
+
+
+async def test_a_replayed_trimmed_return_is_counted_once(database: Scratch, shipping: Make, tmp_path: Path) -> None:
+    async with shipping(**SOON) as ship:
+        for _ in range(3):
+            books = await ship.ship(returned(jid(1), "web1", TRIMMED))
+        assert (books["written"], books["duplicates"], books["trimmed"]) == (1, 2, 1)
+
+
+# Dead letters again
+
+
+async def test_a_dead_letter_is_retried_with_and_without_trust(
+    database: Scratch, cache: Cache, verifying: Make
+) -> None:
+    async with verifying(verify_wait_seconds=0.3) as ship:
+        await ship.ship(*returns(3))
+        await ship.settled()
+        dead = await letters(ship)
+        assert len(dead) == 3
+        assert await ship.retry(dead[0].seq) == 1
+        books = await ship.settled()
+        assert (books["written"], books["dead_letters"]) == (0, 3), "without trust the cache is asked again"
+        cache.accept(returns(1)[0])
+        await ship.retry((await letters(ship))[-1].seq)
+        books = await ship.settled()
+        assert (books["written"], books["dead_letters"]) == (1, 2)
+        assert await ship.retry(trust=True) == 2
+        books = await ship.settled()
+        assert (books["written"], books["dead_letters"], books["pending"]) == (3, 0, 0)
+        assert await ship.retry(4711) == 0
+    assert database.count("salt_returns") == 3
+
+
+async def test_the_master_is_the_one_who_returned_a_runner(database: Scratch, cache: Cache, verifying: Make) -> None:
+    genuine = body(f"salt/run/{jid(1)}/ret", master_data(jid(1), "runner.jobs.active", "genuine"))
+    forged = body(f"salt/run/{jid(1)}/ret", master_data(jid(1), "runner.jobs.active", "forged"))
+    cache.accept(genuine)
+    async with verifying(verify_wait_seconds=0.3) as ship:
+        await ship.ship(forged, body(f"salt/run/{jid(2)}/ret", master_data(jid(2), "runner.x", "forged")))
+        books = await ship.settled()
+        assert (books["written"], books["dead_letters"]) == (1, 1)
+    assert database.row("salt_returns")["id"] == MASTER
+    assert stored(database)[jid(1), MASTER]["return"] == "genuine"
