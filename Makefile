@@ -75,7 +75,7 @@ test-salt: env mariadb ## Run the system tests alone, as in: make test-salt SALT
 	$(PY) -m pytest tests/system $(ARGS)
 
 test-faults: env mariadb ## Run the whole fault suite: outages, crashes, bad rows, gaps, full disks (15 minutes)
-	HYPOTHESIS_PROFILE=faults $(PY) -m pytest --long -m faults
+	HYPOTHESIS_PROFILE=faults $(PY) -m pytest --long -m faults -n 2 --dist loadfile
 
 demo: env mariadb ## See it work: a database, a master, two minions, real jobs, then the rows; stops at the end
 	@$(PY) -m demo

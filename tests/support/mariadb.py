@@ -33,8 +33,10 @@ LOOPBACK: Final = "127.0.0.1"
 CURRENT_USER: Final = pwd.getpwuid(os.getuid()).pw_name
 
 # The kernel hands out source ports from 32768 upwards (net.ipv4.ip_local_port_range). A server's port chosen there
-# could be taken by somebody's outgoing connection while the server restarts, so ours come from below.
-_PORTS: Final = range(20000, 32000)
+# could be taken by somebody's outgoing connection while the server restarts, so ours come from below; each of two test
+# processes that run side by side has its own.
+_HALF: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2
+_PORTS: Final = range(20000 + 6000 * _HALF, 26000 + 6000 * _HALF)
 _handed_out: set[int] = set()
 
 _OPTIONS: Final = (

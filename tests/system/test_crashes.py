@@ -51,7 +51,7 @@ def lab(mariadb: MariaDB, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def flowing(lab: Lab, producer: Producer) -> None:
     """Wait until the load is on its way through."""
-    wait_until(lambda: producer.accepted > 0, timeout=PATIENCE, what="the first accepted return", interval=0.1)
+    wait_until(lambda: producer.accepted > 0, timeout=4 * PATIENCE, what="the first accepted return", interval=0.1)
     lab.site.wait_for("SELECT jid FROM salt_returns LIMIT 1")
 
 

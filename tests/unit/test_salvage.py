@@ -515,7 +515,7 @@ def kill_at(folder: Path, rename: int, when: str) -> int:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("rename", [1, 2, 3, 4])
+@pytest.mark.parametrize("rename", [1, 2, 3, 4, 5])
 def test_a_kill_at_any_rename_of_a_salvage_costs_nothing_more(
     folder: Path, whole: Whole, rename: int, when: str
 ) -> None:
@@ -533,7 +533,7 @@ def test_a_kill_at_any_rename_of_a_salvage_costs_nothing_more(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("rename", [1, 2, 3, 4])
+@pytest.mark.parametrize("rename", [1, 2, 3, 4, 5])
 def test_the_log_of_a_corrupt_file_is_never_taken_for_the_new_ones(
     opened: Journal, tmp_path: Path, rename: int, when: str
 ) -> None:
