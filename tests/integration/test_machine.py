@@ -41,7 +41,7 @@ pytestmark = pytest.mark.faults
 
 Result = TypeVar("Result")
 
-hypothesis.settings.register_profile("faults", max_examples=200, stateful_step_count=80, deadline=None)
+hypothesis.settings.register_profile("faults", max_examples=60, stateful_step_count=80, deadline=None)
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "faults"
 PROFILE = (
     hypothesis.settings.get_profile("faults")
