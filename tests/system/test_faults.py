@@ -136,10 +136,10 @@ def test_an_engine_that_is_killed_ships_all_that_it_had_journalled_when_salt_sta
         wait_until(lambda: len(journalled(site)) > 200, timeout=PATIENCE, what="a queue")
         engine.kill()
         wait_until(lambda: ended(engine), timeout=PATIENCE, what="the engine's end")
-        server.thaw()
-        assert publishing.wait(PATIENCE) == 0
         waiting = journalled(site)
         assert len(waiting) > 200
+        server.thaw()
+        assert publishing.wait(PATIENCE) == 0
         wait_until(lambda: waiting <= stored(site), timeout=PATIENCE, what="what waited in the journal")
         books = site.status()["books"]
         assert (books["dead_letters"], books["dropped"]) == (0, {})
