@@ -111,10 +111,10 @@ def test_a_stop_takes_under_four_seconds_and_keeps_every_captured_event(make_sit
         began = time.monotonic()
         wait_until(lambda: ended(engine), timeout=PATIENCE, what="the engine's end")
         assert time.monotonic() - began < STOP_SECONDS
-        server.thaw()
-        assert publishing.wait(PATIENCE) == 0
         waiting = journalled(site)
         assert waiting  # else the stop met nothing
+        server.thaw()
+        assert publishing.wait(PATIENCE) == 0
         site.engine()  # Salt starts another
         wait_until(lambda: waiting <= stored(site), timeout=PATIENCE, what="what waited in the journal")
         books = site.status()["books"]
