@@ -27,6 +27,8 @@ from tests.system.conftest import ENGINE, PATIENCE, Site
 from tests.system.test_crashes import go_on, lab_of
 from tests.system.test_jobs import publish
 
+pytestmark = pytest.mark.faults
+
 VICTIM = "alpha"
 AT_ONCE = 3.0  # seconds; less than the engine waits for the job cache here
 WAIT = 6.0
@@ -37,7 +39,6 @@ from pathlib import Path
 import salt.channel.client, salt.config
 from tests.support.producer import minion_opts
 
-pytestmark = pytest.mark.faults
 config_dir = Path(sys.argv[1])
 master = salt.config.master_config(str(config_dir / "master"))
 opts = minion_opts("mallory", master, config_dir.parent / "simulated")
