@@ -100,7 +100,7 @@ class JobCache:
         if tag.kind is Kind.JOB_NEW:
             return None if load is None else self._published(tag, data, load)
         if tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
-            return data if load is not None or os.path.exists(f"{self._proc}/{tag.jid}") else None  # noqa: PTH110
+            return data if load is not None or os.path.exists(f"{self._proc}/{tag.jid}") else None  # noqa: PTH110 (never raises)
         minion = tag.minion if tag.kind is Kind.JOB_RETURN else self._master_id
         cached = _return(minion, job)
         if cached is None:
@@ -262,7 +262,7 @@ def _open_job(folder: str) -> Iterator[_OpenJob]:
         yield _OpenJob(folder, None, None, no_cache=False)
         return
     try:
-        yield _OpenJob(folder, fd, _load(fd), no_cache=os.path.exists(f"{folder}/nocache"))  # noqa: PTH110
+        yield _OpenJob(folder, fd, _load(fd), no_cache=os.path.exists(f"{folder}/nocache"))  # noqa: PTH110 (never raises)
     finally:
         os.close(fd)
 

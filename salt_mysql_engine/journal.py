@@ -104,7 +104,7 @@ CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
 CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID
 """,
 }
-"""From each older format to the next."""
+"""From each older format to the next. Written out: an upgrade must not change when the tables above do."""
 
 _PAGE_BYTES = 4096
 _KEEP_FREE_PAGES, _GIVE_BACK_PAGES = 4096, 4096  # 16 MiB each
