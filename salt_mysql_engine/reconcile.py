@@ -255,8 +255,8 @@ class Reconciler:
 
     async def _make_room(self, session: Session | None) -> None:
         """Waits while the writer has enough to do; and while the journal is full, since nothing of ours is urgent."""
-        # The journal's thread has no asyncio events to wait for.
-        while self._journal.full or (session is not None and self._journal.pending > _MAX_PENDING):  # noqa: ASYNC110
+        may_wait = session is not None
+        while self._journal.full or (may_wait and self._journal.pending > _MAX_PENDING):  # noqa: ASYNC110 (a thread's)
             await asyncio.sleep(0.2)
 
     def _missing(self, some: list[_Found], known: set[tuple[str, str]], loads: dict[str, str]) -> list[NewEvent]:
