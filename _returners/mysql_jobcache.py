@@ -1,17 +1,29 @@
 """
-Read the jobs that the ``mysql_jobcache`` engine stored, for ``salt-run jobs.*``.
+The jobs of the ``mysql_jobcache`` engine, for ``salt-run jobs.*``; and the master's job cache itself.
 
 .. versionadded:: 0.1.0
 
 :depends: the Python package ``salt-mysql-engine`` (``salt-pip install salt-mysql-engine``)
+
+To ask the database, beside Salt's own job cache:
 
 .. code-block:: bash
 
     salt-run jobs.list_jobs ext_source=mysql_jobcache
     salt-run jobs.lookup_jid 20261122214227130648 ext_source=mysql_jobcache
 
-The connection is the engine's, ``mysql.*`` in the master config. This returner reads only: the engine
-writes. It is not a ``master_job_cache`` yet.
+To have the jobs there alone:
+
+.. code-block:: yaml
+
+    master_job_cache: mysql_jobcache
+    engines:
+      - mysql_jobcache
+
+Then the master's processes put jobs and returns into the engine's journal, which takes some tens of microseconds and no
+network, and the engine ships them. What is read is what the database and the journal hold together.
+
+The connection is the engine's, ``mysql.*`` in the master config. On minions this returner does nothing.
 """
 
 import logging
@@ -19,7 +31,7 @@ import logging
 import salt.utils.jid
 
 try:
-    from salt_mysql_engine import reader
+    from salt_mysql_engine import handoff, reader
 
     HAS_PACKAGE = True
 except ImportError:
@@ -88,3 +100,66 @@ def get_minions():
     The ids of all minions that returned something.
     """
     return _ask(lambda db: db.minions(), [])
+
+
+def _hand_off(work):
+    if __opts__.get("__role") == "minion":
+        log.error("The returner mysql_jobcache is the master's: use it there, as master_job_cache")
+        return
+    # Whatever goes wrong, the master's work goes on.
+    try:
+        work(handoff.of(__opts__))
+    except Exception:  # pylint: disable=broad-except
+        log.exception("mysql_jobcache could not take what the master gave it")
+
+
+def prep_jid(nocache=False, passed_jid=None):
+    """
+    A new job id, or the one that was passed.
+    """
+    jid = passed_jid or salt.utils.jid.gen_jid(__opts__)
+    if nocache:
+        _hand_off(lambda to: to.keep_out(jid))
+    return jid
+
+
+def save_load(jid, load, minions=None):
+    """
+    Store what was published, and to whom.
+    """
+    _hand_off(lambda to: to.published(jid, load, minions))
+
+
+def save_minions(jid, minions, syndic_id=None):  # noqa: ARG001 (Salt calls it so)
+    """
+    Store the minions that a syndic found for a job.
+    """
+    _hand_off(lambda to: to.minions(jid, minions))
+
+
+def returner(load):
+    """
+    Store a return.
+    """
+    if load.get("jid") == "req":
+        load["jid"] = prep_jid(nocache=load.get("nocache", False))
+    _hand_off(lambda to: to.returned(load))
+
+
+def event_return(events):
+    """
+    Store events in ``salt_events``: with ``event_return: mysql_jobcache``.
+    """
+    _hand_off(lambda to: to.events(events))
+
+
+def update_endtime(jid, time):
+    """
+    Nothing to do: a job's end is the time of its last return (``get_endtime``).
+    """
+
+
+def clean_old_jobs():
+    """
+    Nothing to do: the engine deletes what is older than its ``retention_days``.
+    """

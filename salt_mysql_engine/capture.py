@@ -18,7 +18,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from . import records
-from .journal import Journal, NewEvent
+from .journal import Journal
+from .journalfile import NewEvent
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class Capture:
         on_loss: Callable[[], None] = lambda: None,
     ) -> None:
         self.selection = selection
+        self.handed_off: Callable[[records.Tag], bool] = lambda _: False
+        """Whether a job comes whole and unforgeable from the master's own processes, and not from here."""
         self.dropped = 0
         """Events lost because memory was full, not yet in the books."""
         self.last_error = ""
@@ -77,8 +80,11 @@ class Capture:
         except UnicodeDecodeError:
             return
         job = records.parse_tag(tag)
-        if (job is None or not self.selection.wants_job(job)) and not self.selection.wants_event(tag):
-            return
+        if job is None or not self.selection.wants_job(job) or self.handed_off(job):
+            if not self.selection.wants_event(tag) or tag.startswith(records.PRIVATE):
+                return
+            if job is not None and self.handed_off(job):
+                job, body = None, records.chosen_event(body)
         if self._bytes >= MEMORY_BYTES:
             if not self.dropped:
                 log.error("Memory for events is full and the journal is not taking any; dropping and counting")

@@ -19,10 +19,9 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from . import __version__, records, settings
+from . import __version__, handoff, journalfile, records, settings
 from .batcher import Limits
 from .bus import BusReader
 from .capture import Capture
@@ -41,6 +40,7 @@ from .writer import Writer
 log = logging.getLogger(__name__)
 
 _TEND_SECONDS, _TEND_STEP_SECONDS = 10.0, 0.2
+_LOOK_SECONDS = 0.1
 _STOP_SECONDS = 3.0
 """Salt kills an engine 5 s after SIGTERM (``wait_for_kill``, salt/master.py 3006-3008)."""
 
@@ -74,7 +74,8 @@ class Engine:
         self._stop = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "mysql_jobcache journal")
         self._cache_thread = concurrent.futures.ThreadPoolExecutor(1, "mysql_jobcache job cache")
-        self._journal = Journal(Path(self._opts["cachedir"]) / "mysql_jobcache")
+        self._events_handed_off = settings.PILLAR_KEY in (self._opts.get("event_return") or ())
+        self._journal = Journal(journalfile.folder(self._opts["cachedir"]))
         self._database = Database(
             self._login,
             connect_timeout=self._settings.connect_timeout,
@@ -100,6 +101,9 @@ class Engine:
             on_append=self._writer.announce,
             on_loss=lambda: self._ask_reconcile("events that were dropped", 0.0),
         )
+        self._handed_off = handoff.is_used(self._opts)
+        if self._handed_off:
+            self._capture.handed_off = lambda _: True
         self._reconciler = (
             Reconciler(
                 self._journal,
@@ -152,6 +156,7 @@ class Engine:
                 "verifier": self._verifier.run(),
                 "reconcile": self._reconciler.run() if self._reconciler else asyncio.Event().wait(),
                 "tend": self._tend(),
+                "hand-off": self._watch_hand_off(),
                 "control": Control(socket_path(self._opts), verbs).run(),
                 "pillar": self._refresh(),
                 "stop": self._stop.wait(),
@@ -230,6 +235,7 @@ class Engine:
                 },
             },
             "returns": {
+                "from": "the master's processes" if self._handed_off else "the bus",
                 "verified": self._verifier.enabled,
                 "waiting": self._verifier.waiting,
                 "corrected": self._verifier.corrected,
@@ -334,6 +340,7 @@ class Engine:
         salvaged = ""
         while True:
             await asyncio.sleep(_TEND_SECONDS)
+            handoff.forget_old(self._opts)
             more = True
             while more:
                 try:
@@ -345,6 +352,20 @@ class Engine:
             if self._journal.salvaged != salvaged:
                 salvaged = self._journal.salvaged
                 self._ask_reconcile("a corrupt journal", 0.0)
+
+    async def _watch_hand_off(self) -> None:
+        """Tells the writer of what the master's other processes append; they cannot."""
+        if not self._handed_off and not self._events_handed_off:
+            await asyncio.Event().wait()
+        while True:
+            try:
+                events, size = await self._in_journal(self._journal.look)
+            except sqlite3.Error as exc:
+                log.debug("The journal cannot be looked at now: %s", exc)
+            else:
+                if events:
+                    self._writer.announce(events, size)
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def _in_cache(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._cache_thread, function, *args)
@@ -405,7 +426,8 @@ class Engine:
             self._reconciler.retime(new.reconcile_interval_seconds)
         self._writer.batcher.limits = _limits(new)
         self._writer.create_tables = new.schema == "create"
-        self._writer.store_events = bool(new.events)
+        self._writer.store_events = bool(new.events) or self._events_handed_off
+        self._writer.partitions = new.partitions
         self._writer.tables_known = False
         self._writer.wake()
         if "pillar_refresh_seconds" in changed:

@@ -30,9 +30,6 @@ log = logging.getLogger(__name__)
 MAX_FILE_BYTES = 64 * 1024 * 1024
 """A larger value would not fit into any row; it is treated as not there."""
 
-_SECRETS = ("token", "password", "key", "auth_list")
-"""What eauth may leave in a load or its ``kwargs`` (``publish``, salt/master.py: only ``auth_list`` is taken out)."""
-
 _ATOMIC_WRITE = ".___atomic_write"
 _OF_LOAD = ("fun", "user")
 
@@ -180,21 +177,7 @@ class JobCache:
 
     def new_event(self, job: Job) -> bytes | None:
         """The event of a job's publish; ``None`` where the load is no publish's."""
-        load = job.load
-        if not load.keys() >= {"tgt", "fun"} or "return" in load:
-            return None
-        data = {
-            "jid": job.jid,
-            "tgt_type": load.get("tgt_type", "glob"),
-            "tgt": load["tgt"],
-            "user": load.get("user", ""),
-            "fun": load["fun"],
-            "arg": load.get("arg", []),
-            "minions": self._minions(self._folder(job.jid)) or [],
-            "missing": [],
-        }
-        data.update({key: load[key] for key in ("kwargs", "ret") if key in load})
-        return records.try_pack(f"salt/job/{job.jid}/new", data)
+        return records.publish_event(job.jid, job.load, self._minions(self._folder(job.jid)) or [])
 
     def return_event(self, job: Job, minion: str) -> bytes | None:
         """The event of a minion's return, stamped with the time at which it was stored; ``None``: no such return."""
@@ -208,7 +191,7 @@ class JobCache:
         if stored_at is None:
             return None
         stamp = {"_stamp": records.utc(stored_at).isoformat()}
-        kind = _master_kind(cached["return"], job.jid) if minion == self._master_id else None
+        kind = records.master_return_kind(cached["return"], job.jid) if minion == self._master_id else None
         if kind is not None:
             return records.try_pack(f"salt/{kind}/{job.jid}/ret", {**cached["return"], **stamp})
         if out is not None:
@@ -270,12 +253,7 @@ def _open_job(folder: str) -> Iterator[_OpenJob]:
 def _load(folder_fd: int) -> dict[str, Any] | None:
     """A job's load without what authenticated it."""
     load = _read(".load.p", folder_fd)
-    if not isinstance(load, dict):
-        return None
-    load = {key: value for key, value in load.items() if key not in _SECRETS}
-    if isinstance(load.get("kwargs"), dict):
-        load["kwargs"] = {key: value for key, value in load["kwargs"].items() if key not in _SECRETS}
-    return load
+    return records.without_secrets(load) if isinstance(load, dict) else None
 
 
 def _return(minion: str, job: _OpenJob) -> dict[str, Any] | None:
@@ -299,13 +277,6 @@ def _as_cached(data: dict[str, Any], cached: Mapping[str, Any], load: Mapping[st
             or key in cached}  # fmt: skip
     said.update(cached)
     return said
-
-
-def _master_kind(value: Any, jid: str) -> str | None:
-    """``run`` or ``wheel``, when a cached return is a runner's or wheel's."""
-    if not isinstance(value, dict) or value.get("jid") != jid or not isinstance(value.get("fun"), str):
-        return None
-    return {"runner": "run", "wheel": "wheel"}.get(value["fun"].partition(".")[0])
 
 
 def _is_name(minion: str) -> bool:

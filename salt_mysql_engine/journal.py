@@ -5,12 +5,11 @@ Promise
     instant, and stays until :meth:`Journal.settle` says what became of it, or until a cap that the
     operator has set takes it, counted.
 
-Format
-    ``<cachedir>/mysql_jobcache/journal.sqlite`` in WAL mode, directory 0700, files 0600. ``events``
-    holds each event's bytes as they came, under a ``seq`` that only grows and is never used again, with
-    jid and minion id from the tag beside them; ``waiting`` the returns that the master's job cache did
-    not confirm yet; ``dead_letters`` what did not become a row, and why; ``counters`` the books;
-    ``marks`` what must be known after a restart.
+Tables
+    (``journalfile.py`` has the file) ``events`` holds each event's bytes as they came, under a ``seq`` that only grows
+    and is never used again, with jid and minion id from the tag beside them; ``waiting`` the returns that the
+    master's job cache did not confirm yet; ``dead_letters`` what did not become a row, and why; ``counters`` the
+    books; ``marks`` what must be known after a restart.
 
 Invariants
     Appending counts as captured, in the same transaction; settling deletes rows and counts their
@@ -23,8 +22,8 @@ Recovery
     newest commits, never the file's consistency. A file that SQLite finds corrupt, at opening or later,
     is set aside, and what can be read of it goes on in a new one (``salvage.py``).
 
-One engine at a time: an exclusive lock on ``lock`` beside the file, freed by the kernel at death.
-All calls block; the engine makes them in one thread of its own.
+One engine at a time: an exclusive lock on ``lock`` beside the file, freed by the kernel at death. Other processes
+may append (``handoff.py``). All calls block; the engine makes them in one thread of its own.
 """
 
 from __future__ import annotations
@@ -43,92 +42,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
-from . import salvage
+from . import journalfile, salvage
 from .errors import JournalError
+from .journalfile import PAGE_BYTES, ROW_BYTES, NewEvent
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-_APPLICATION_ID = 0x53414C54  # "SALT"
-
-_TABLES = """
-CREATE TABLE events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    trusted INTEGER NOT NULL DEFAULT 0
-);
-CREATE INDEX events_by_job ON events (jid, minion);
-CREATE TABLE waiting (
-    seq INTEGER PRIMARY KEY,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    since REAL NOT NULL
-);
-CREATE INDEX waiting_by_job ON waiting (jid, minion);
-CREATE TABLE dead_letters (
-    seq INTEGER PRIMARY KEY,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    error TEXT NOT NULL,
-    failed_at REAL NOT NULL,
-    reason TEXT NOT NULL DEFAULT 'refused'
-);
-CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE identity (uuid BLOB NOT NULL)
-"""
-
-_UPGRADES = {
-    1: """
-ALTER TABLE events ADD COLUMN trusted INTEGER NOT NULL DEFAULT 0;
-CREATE INDEX events_by_job ON events (jid, minion);
-CREATE TABLE waiting (
-    seq INTEGER PRIMARY KEY,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    since REAL NOT NULL
-);
-CREATE INDEX waiting_by_job ON waiting (jid, minion);
-ALTER TABLE dead_letters ADD COLUMN reason TEXT NOT NULL DEFAULT 'refused';
-CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
-CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID
-""",
-}
-"""From each older format to the next. Written out: an upgrade must not change when the tables above do."""
-
-_PAGE_BYTES = 4096
 _KEEP_FREE_PAGES, _GIVE_BACK_PAGES = 4096, 4096  # 16 MiB each
-_MAX_WAL_BYTES = 8 * 1024 * 1024
-_RESERVE_BYTES = 2 * _MAX_WAL_BYTES
-_MAX_APPEND_ROWS = 190  # times five values: SQLite before 3.32 takes 999 in a statement
-_ROW_BYTES = 150
-"""What an event takes in the file beside its body, in the table and its index."""
+_TIMEOUT = 5.0  # seconds that a statement may wait for another process
+_CHECKPOINT_AGAIN_SECONDS = 0.1
 _WARN_SHARE, _CALM_SHARE = 0.8, 0.6
 _DROP_ROWS = 256
 _VERIFIED_THROUGH = "verified_through"
-
-
-class NewEvent(NamedTuple):
-    """An event on its way in: when it was captured (seconds since the epoch), whose, and its bytes.
-
-    ``trusted``: it does not come from the bus, and needs no confirmation by the job cache.
-    """
-
-    captured_at: float
-    jid: str
-    minion: str
-    body: bytes
-    trusted: bool = False
 
 
 class Entry(NamedTuple):
@@ -230,6 +155,9 @@ class Journal:
         """The path of the last corrupt file, set aside since this object was opened."""
         self._taken_through = 0
         self._verified_through = 0
+        self._seen_through = 0
+        self._data_version = 0
+        self._checkpoint_at = 0.0
         self._warned = False
         self._broken = False
         """Whether the file is corrupt and not replaced yet."""
@@ -244,16 +172,15 @@ class Journal:
             JournalError: it is in use, not ours, of a newer format, or the folder cannot be used.
         """
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.path.parent.chmod(0o700)
+            journalfile.make_folder(self.path.parent)
             self._lock()
         except OSError as exc:
             raise JournalError(f"the journal's folder {self.path.parent} cannot be used: {exc}") from exc
         try:
             try:
-                if self._ready_path.exists():  # killed while a corrupt file was being replaced
+                if journalfile.ready_path(self.path).exists():  # killed while a corrupt file was being replaced
                     self._replace()
-                self._db = self._connect(self.path)
+                self._db = self._connect()
                 self._load()
             except sqlite3.DatabaseError as exc:
                 if not salvage.is_corruption(exc):
@@ -287,56 +214,50 @@ class Journal:
         """
         total = len(events)
         if events:
-            self._leave_room_to_settle()
+            journalfile.leave_room_to_settle(self._db, self.path)
         with self._transaction():
             freed, events = self._fit(events)
-            for start in range(0, len(events), _MAX_APPEND_ROWS):
-                chunk = events[start : start + _MAX_APPEND_ROWS]
-                # One statement for many rows: executemany() takes twice the time, most of it handing
-                # the interpreter's lock to and fro around every row.
-                self._db.execute(_insert(len(chunk)), [value for event in chunk for value in event])
-            self._count(
+            journalfile.insert(self._db, events)
+            journalfile.count(
+                self._db,
                 {
                     "captured": total + dropped,
                     "dropped.memory_full": dropped,
                     "dropped.journal_full": freed + total - len(events),
-                }
+                },
             )
         self.pending += len(events) - freed
         self._say_how_full(lost=freed + total - len(events))
         return len(events)
 
-    def _leave_room_to_settle(self) -> None:
-        """On a disk that is full to the last page nothing could be deleted either: deleting writes to the WAL."""
-        disk = os.statvfs(self.path.parent)
-        (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
-        if disk.f_bavail * disk.f_frsize + free * _PAGE_BYTES < _RESERVE_BYTES:
-            raise sqlite3.OperationalError(
-                f"database or disk is full: less than {_RESERVE_BYTES // 2**20} MiB are left"
-            )
-
     def _fit(self, events: Sequence[NewEvent]) -> tuple[int, Sequence[NewEvent]]:
         """How many old events made room, and which of the new ones fit."""
         self._measure()
         room = self.caps.max_bytes - self.used_bytes
-        size = sum(len(event.body) for event in events) + _ROW_BYTES * len(events)
+        size = journalfile.size_of(events)
         freed = 0
         if size > room and self.caps.drop_oldest:
-            while size > room and (victims := self._oldest_victims()):
-                enough = 0
-                while enough < len(victims) and size > room:
-                    room += victims[enough][1] + _ROW_BYTES
-                    enough += 1
-                freed += self._delete_events(seq for seq, _ in victims[:enough])
+            freed, room = self._free(size, room)
         if size <= room:
             return freed, events
         fitting = []
         for event in events:
-            room -= len(event.body) + _ROW_BYTES
+            room -= len(event.body) + ROW_BYTES
             if room < 0:
                 break
             fitting.append(event)
         return freed, fitting
+
+    def _free(self, size: int, room: int) -> tuple[int, int]:
+        """Deletes the oldest events until ``size`` bytes have room; gives how many, and the room then."""
+        freed = 0
+        while size > room and (victims := self._oldest_victims()):
+            enough = 0
+            while enough < len(victims) and size > room:
+                room += victims[enough][1] + ROW_BYTES
+                enough += 1
+            freed += self._delete_events(seq for seq, _ in victims[:enough])
+        return freed, room
 
     def _oldest_victims(self) -> list[tuple[int, int]]:
         """The ``seq`` and size of the oldest events that no batch holds."""
@@ -394,7 +315,7 @@ class Journal:
             fates = collections.Counter(settlement.fates)
             if found_again > 0:
                 fates["dropped.journal_corrupt"] -= found_again
-            self._count({**fates, **self._trim_dead_letters(settlement.dead)})
+            journalfile.count(self._db, {**fates, **self._trim_dead_letters(settlement.dead)})
         self.pending -= deleted + buried
 
     def _bury(self, table: str, seq: int, reason: str, error: str) -> int:
@@ -489,8 +410,8 @@ class Journal:
             for seq, error in (dead or {}).items():
                 buried += self._bury("waiting", seq, "unconfirmed", error)
             left = [reason for seq, reason in (ignored or {}).items() if self._delete_waiting(seq)]
-            self._count(collections.Counter(f"ignored.{reason}" for reason in left))
-            self._count(self._trim_dead_letters(dead or {}))
+            journalfile.count(self._db, collections.Counter(f"ignored.{reason}" for reason in left))
+            journalfile.count(self._db, self._trim_dead_letters(dead or {}))
         self.pending -= buried + len(left)
         return again
 
@@ -576,7 +497,7 @@ class Journal:
         with self._transaction():
             where, values = ("", ()) if seq is None else (" WHERE seq = ?", (seq,))
             deleted = self._db.execute(f"DELETE FROM dead_letters{where}", values).rowcount
-            self._count({"dropped.dead_letter_deleted": deleted})
+            journalfile.count(self._db, {"dropped.dead_letter_deleted": deleted})
         return deleted
 
     @_mended
@@ -601,7 +522,7 @@ class Journal:
         self._measure()
         self._say_how_full(lost=0)
         (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
-        if free <= max(_KEEP_FREE_PAGES, self.used_bytes // _PAGE_BYTES // 4):
+        if free <= max(_KEEP_FREE_PAGES, self.used_bytes // PAGE_BYTES // 4):
             return False
         self._db.execute(f"PRAGMA incremental_vacuum({_GIVE_BACK_PAGES})").fetchall()
         return True
@@ -615,7 +536,7 @@ class Journal:
                 ).fetchall()
                 victims = [seq for seq, captured_at in oldest if captured_at < moment]
                 dropped = self._delete_events(victims)
-                self._count({"dropped.too_old": dropped})
+                journalfile.count(self._db, {"dropped.too_old": dropped})
             self.pending -= dropped
             if dropped:
                 log.error("%d events waited longer than journal_max_age_hours and are dropped", dropped)
@@ -623,9 +544,28 @@ class Journal:
                 return
 
     def _measure(self) -> None:
-        (pages,) = self._db.execute("PRAGMA page_count").fetchone()
-        (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
-        self.used_bytes = (pages - free) * _PAGE_BYTES
+        self.used_bytes = journalfile.used_bytes(self._db)
+
+    @_mended
+    def look(self) -> tuple[int, int]:
+        """What other processes have appended since the last look: events, and their bytes."""
+        (version,) = self._db.execute("PRAGMA data_version").fetchone()
+        if version == self._data_version:
+            return 0, 0
+        self._data_version = version
+        freed = 0
+        with self._transaction():
+            last, events, size = self._db.execute(
+                "SELECT MAX(seq), COUNT(*), SUM(LENGTH(body)) FROM events WHERE seq > ?", (self._seen_through,)
+            ).fetchone()
+            self._measure()
+            if self.caps.drop_oldest:  # the others may go over the cap by a little, since they must not choose victims
+                freed, _ = self._free(0, self.caps.max_bytes - self.used_bytes)
+                journalfile.count(self._db, {"dropped.journal_full": freed})
+            self.pending = self._pending()
+        self._seen_through = last or self._seen_through
+        self._say_how_full(lost=freed)
+        return events, size or 0
 
     @_mended
     def books(self) -> dict[str, Any]:
@@ -634,16 +574,18 @@ class Journal:
         Beside that, ``waiting`` are those of the pending that wait for the job cache, ``trimmed`` those of
         the written that hold a value which Salt had trimmed.
         """
-        counters = self._counters()
+        with self._snapshot():  # others append meanwhile
+            counters, dead_letters, waiting = self._counters(), self._rows("dead_letters"), self._rows("waiting")
+            self.pending = self._pending()
         return {
             "captured": counters["captured"],
             "written": counters["written"],
             "duplicates": counters["duplicates"],
             "pending": self.pending,
-            "dead_letters": self._rows("dead_letters"),
+            "dead_letters": dead_letters,
             "ignored": _by_reason(counters, "ignored."),
             "dropped": _by_reason(counters, "dropped."),
-            "waiting": self._rows("waiting"),
+            "waiting": waiting,
             "trimmed": counters["trimmed"],
         }
 
@@ -678,6 +620,18 @@ class Journal:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
+        if journalfile.wal_bytes(self.path) >= journalfile.WAL_BYTES and time.monotonic() >= self._checkpoint_at:
+            self._checkpoint_at = time.monotonic() + _CHECKPOINT_AGAIN_SECONDS
+            try:
+                journalfile.checkpoint(self._db, timeout=_TIMEOUT)
+            except sqlite3.Error as exc:  # a full disk, say: what was committed is in the log
+                log.debug("The journal's log cannot be brought back now: %s", exc)
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Any:
+        with self._db:
+            self._db.execute("BEGIN")
+            yield
 
     def _lock(self) -> None:
         self._lock_fd = os.open(self.path.parent / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -687,52 +641,6 @@ class Journal:
             os.close(self._lock_fd)
             raise JournalError(f"another mysql_jobcache engine is using the journal {self.path}") from None
 
-    @property
-    def _ready_path(self) -> Path:
-        """A complete new file, that waits to take a corrupt one's place."""
-        return self.path.with_name("journal.ready.sqlite")
-
-    def _connect(self, path: Path) -> sqlite3.Connection:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        # WAL and shared-memory files take the main file's mode.
-        db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
-        try:
-            self._prepare(db)
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def _prepare(self, db: sqlite3.Connection) -> None:
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        (application,) = db.execute("PRAGMA application_id").fetchone()
-        (tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-        if tables and application != _APPLICATION_ID:
-            raise JournalError(f"{self.path} is not a journal of mysql_jobcache; move it away and restart the master")
-        if version > FORMAT:
-            raise JournalError(
-                f"{self.path} was written by a newer mysql_jobcache (format {version}, this one knows {FORMAT}); "
-                "install that version again, or move the file away to begin a new journal"
-            )
-        if not tables:
-            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only takes effect before the first table
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-        # What an outage or a shrinking made of the WAL is given back.
-        db.execute(f"PRAGMA journal_size_limit = {_MAX_WAL_BYTES}")
-        with db:
-            db.execute("BEGIN IMMEDIATE")
-            if not tables:
-                _run(db, _TABLES)
-                db.execute("INSERT INTO identity VALUES (?)", (os.urandom(8),))
-                db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            else:
-                for older in range(version, FORMAT):
-                    _run(db, _UPGRADES[older])
-                    log.warning("The journal %s was upgraded from format %d to %d", self.path, older, older + 1)
-            if version != FORMAT:
-                db.execute(f"PRAGMA user_version = {FORMAT}")
-
     def _load(self) -> None:
         uuids = self._db.execute("SELECT uuid FROM identity").fetchall()
         salvage.require(len(uuids) == 1 and type(uuids[0][0]) is bytes and len(uuids[0][0]) == 8, "identity")
@@ -740,12 +648,22 @@ class Journal:
         row = self._db.execute("SELECT value FROM marks WHERE name = ?", (_VERIFIED_THROUGH,)).fetchone()
         salvage.require(row is None or type(row[0]) is float, "marks")
         self._verified_through = 0 if row is None else int(row[0])
-        counters = self._counters()
-        settled = sum(value for name, value in counters.items() if name not in ("captured", "trimmed"))
-        # By the books, since counting the rows of a long outage would read all of them.
-        self.pending = counters["captured"] - settled - self._rows("dead_letters")
+        with self._snapshot():
+            self.pending = self._pending()
         salvage.require(self.pending >= 0, "counters")
         self._measure()
+        (newest,) = self._db.execute("SELECT COALESCE(MAX(seq), 0) FROM events").fetchone()
+        self._seen_through = int(newest)
+        (self._data_version,) = self._db.execute("PRAGMA data_version").fetchone()
+
+    def _pending(self) -> int:
+        """By the books, since counting the rows of a long outage would read all of them."""
+        counters = self._counters()
+        settled = sum(value for name, value in counters.items() if name not in ("captured", "trimmed"))
+        return counters["captured"] - settled - self._rows("dead_letters")
+
+    def _connect(self) -> sqlite3.Connection:
+        return journalfile.connect(self.path, timeout=_TIMEOUT)
 
     def _counters(self) -> collections.Counter[str]:
         counters = dict(self._db.execute("SELECT name, value FROM counters"))
@@ -764,13 +682,13 @@ class Journal:
         new_path = self.path.with_name("journal.new.sqlite")
         try:
             salvage.remove(new_path)
-            with contextlib.closing(self._connect(new_path)) as new:
+            with contextlib.closing(journalfile.connect(new_path, timeout=_TIMEOUT)) as new:
                 new.execute("BEGIN IMMEDIATE")
                 report = salvage.copy(self.path, new)
                 new.execute("COMMIT")
-            new_path.rename(self._ready_path)
+            new_path.rename(journalfile.ready_path(self.path))
             self._replace()
-            self._db = self._connect(self.path)
+            self._db = self._connect()
         except OSError as exc:  # a disk that is full or read-only: everyone tries again
             raise sqlite3.OperationalError(f"a new journal cannot be made: {exc}") from exc
         self._load()
@@ -786,29 +704,11 @@ class Journal:
         the last step alone makes the new file the journal, when nothing of the old one is left beside it."""
         now = datetime.datetime.now(datetime.timezone.utc)
         self.salvaged = str(salvage.set_aside(self.path, f"{now:%Y%m%dT%H%M%S%f}"))
-        self._ready_path.rename(self.path)
-
-    def _count(self, counts: Mapping[str, int]) -> None:
-        self._db.executemany(
-            "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
-            [(name, count) for name, count in counts.items() if count],
-        )
-
-
-def _run(db: sqlite3.Connection, statements: str) -> None:
-    for statement in statements.split(";"):
-        db.execute(statement)
+        journalfile.ready_path(self.path).rename(self.path)
 
 
 def _by_reason(counters: Mapping[str, int], prefix: str) -> dict[str, int]:
     return {name[len(prefix) :]: count for name, count in sorted(counters.items()) if name.startswith(prefix) and count}
-
-
-@functools.cache
-def _insert(rows: int) -> str:
-    return "INSERT INTO events (captured_at, jid, minion, body, trusted) VALUES " + ", ".join(
-        ["(?, ?, ?, ?, ?)"] * rows
-    )
 
 
 def _ranges(seqs: Iterable[int]) -> list[tuple[int, int]]:

@@ -32,6 +32,7 @@ import base64
 import datetime
 import json
 import math
+import re
 from typing import Any
 
 MAX_DEPTH = 28
@@ -172,3 +173,15 @@ def _scalar(value: Any) -> str:
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
         return value.isoformat()
     return _text(str(value))
+
+
+def ascii_only(text: str) -> str:
+    """The same JSON without a character beyond ASCII, for columns of an older charset."""
+    return text if text.isascii() else _BEYOND_ASCII.sub(_spelled_out, text)
+
+
+def _spelled_out(match: re.Match[str]) -> str:
+    return json.dumps(match[0])[1:-1]
+
+
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")

@@ -1,119 +1,193 @@
-"""The read side: what ``salt-run jobs.* ext_source=mysql_jobcache`` asks, answered from the tables.
+"""What the tables hold of jobs, in the words of Salt's local job cache (salt/returners/local_cache.py 3006-3008).
 
-Synchronous, through PyMySQL (aiomysql's own base), since Salt calls a returner from ordinary
-functions. One connection a call, with timeouts; nothing is written.
+Nothing is written. The tables may be ours, or older ones that nobody migrated: without keys, with duplicates, without
+columns that ours have.
 """
 
 from __future__ import annotations
 
-import contextlib
+import datetime
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pymysql
-
-from . import jsontext, settings, tls
+from . import pool, records
 from .errors import ServerUnavailable, SettingsError
 
-_CONNECT_SECONDS = 5
-_READ_SECONDS = 30
+_PAGE_ROWS = 500
+_KEPT = ("return", "retcode", "success", "out")
+"""What the local cache keeps of a return, in its order."""
+_ADDED = frozenset({"success", "retcode", "fun_args", "trimmed"})
+"""What ``records.py`` adds at the end of ``full_ret`` where the return did not say it."""
+OF_MASTER = ("runner.", "wheel.")
+"""So begin the functions of jobs that the master itself does."""
+
+_decode = json.JSONDecoder().raw_decode
 
 
 class Reader:
     """Answers from the database that ``mysql.*`` in ``opts`` names.
 
-    Every method raises :class:`ServerUnavailable` when no host answers, and
-    :class:`SettingsError` for a connection that cannot be tried.
+    Every method raises :class:`DatabaseError` when the database does not answer, and :class:`SettingsError` for a
+    connection that cannot be tried. Jids, minions and functions are a caller's words: whatever they are, they are data.
     """
 
     def __init__(self, opts: Mapping[str, Any]) -> None:
-        self._to = settings.Connection.from_opts(opts)
+        self._pool = pool.of(opts)
+
+    def query(self, statement: str, *values: Any) -> list[pool.Row]:
+        """The rows of a statement, ``%s`` in it replaced by ``values``; a list becomes one in brackets."""
+        return self._pool.query(statement, [_text(value) if isinstance(value, str) else value for value in values])
+
+    def columns(self, table: str) -> frozenset[str]:
+        """The names of a table's columns; none when there is no such table."""
+        return frozenset(
+            str(name)
+            for (name,) in self.query(
+                "SELECT COLUMN_NAME FROM information_schema.COLUMNS WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = %s",
+                table,
+            )
+        )
 
     def load(self, jid: str) -> dict[str, Any]:
-        """The job as it was published, ``{}`` for an unknown one."""
-        rows = self._query("SELECT `load` FROM `jids` WHERE `jid` = %s", jid)
-        return _parsed(rows[0][0]) if rows else {}
+        """The stored load of a job, ``{}`` for an unknown one."""
+        return _one_load(text for (text,) in self.query("SELECT `load` FROM `jids` WHERE `jid` = %s", jid))
 
     def returns(self, jid: str) -> dict[str, dict[str, Any]]:
         """What each minion answered, as the local cache gives it: ``{minion: {"return": ..., ...}}``."""
-        answers: dict[str, dict[str, Any]] = {}
-        for minion, full_ret in self._query("SELECT `id`, `full_ret` FROM `salt_returns` WHERE `jid` = %s", jid):
-            ret = _parsed(full_ret)
-            answers[minion] = {key: ret[key] for key in ("return", "retcode", "success", "out") if key in ret}
-        return answers
+        rows = self.query("SELECT `id`, `full_ret` FROM `salt_returns` WHERE `jid` = %s", jid)
+        answers = {minion: as_cached(text) for minion, text in rows}
+        if len(answers) == len(rows):
+            return answers
+        # No key kept a second return of a minion out: the first one stands.
+        if "alter_time" in self.columns("salt_returns"):
+            rows = self.query("SELECT `id`, `full_ret`, `alter_time` FROM `salt_returns` WHERE `jid` = %s", jid)
+            rows.sort(key=lambda row: row[2] or datetime.datetime.max)
+        return {minion: as_cached(text) for minion, text, *_ in reversed(rows)}
+
+    def jobs(self, after: str = "") -> list[tuple[str, dict[str, Any]]]:
+        """A page of jobs by jid, those after ``after``: jid and stored load. An empty one is the last."""
+        rows = self.query(
+            "SELECT `jid`, `load` FROM `jids` WHERE `jid` > %s ORDER BY `jid` LIMIT %s", after, _PAGE_ROWS
+        )
+        return _by_jid(rows)
 
     def newest_jobs(self, count: int, *, skip: str = "") -> list[tuple[str, dict[str, Any]]]:
-        """The newest ``count`` jobs (all with 0) but those of the function ``skip``, oldest first."""
-        limit = f" LIMIT {int(count)}" if count else ""
-        skipped = '%"fun": ' + jsontext.dumps(skip) + "%" if skip else ""
-        rows = self._query(
-            "SELECT `jid`, `load` FROM `jids` WHERE `load` NOT LIKE %s ORDER BY `jid` DESC" + limit, skipped
-        )
-        return [(jid, _parsed(load)) for jid, load in reversed(rows)]
+        """The newest ``count`` jobs but those of the function ``skip``, newest first."""
+        found: list[tuple[str, dict[str, Any]]] = []
+        before, page = "", min(count, _PAGE_ROWS)
+        while len(found) < count:
+            where, values = ("WHERE `jid` < %s ", [before]) if before else ("", [])
+            rows = self.query(f"SELECT `jid`, `load` FROM `jids` {where}ORDER BY `jid` DESC LIMIT %s", *values, page)
+            # By the load, which every row has: `fun` is NULL in rows of other writers.
+            found += [(jid, load) for jid, load in _by_jid(rows) if not skip or load.get("fun") != skip]
+            if len(rows) < page:
+                break
+            before, page = rows[-1][0], _PAGE_ROWS
+        return found[:count]
 
-    def last_of_function(self, fun: str) -> dict[str, Any]:
+    def last_of_function(self, fun: str) -> dict[str, dict[str, Any]]:
         """The newest whole return of each minion for a function."""
-        rows = self._query("SELECT `id`, `full_ret` FROM `salt_returns` WHERE `fun` = %s ORDER BY `jid`", fun)
-        return {minion: _parsed(full_ret) for minion, full_ret in rows}
+        rows = self.query(
+            "SELECT r.`id`, r.`full_ret` FROM `salt_returns` r JOIN (SELECT `id`, MAX(`jid`) AS `jid` "
+            "FROM `salt_returns` WHERE `fun` = %s GROUP BY `id`) n ON r.`jid` = n.`jid` AND r.`id` = n.`id` "
+            "WHERE r.`fun` = %s",
+            fun,
+            fun,
+        )
+        return {minion: parsed(full_ret) for minion, full_ret in reversed(rows)}
 
     def minions(self) -> list[str]:
         """Every minion that ever returned something."""
-        return [minion for (minion,) in self._query("SELECT DISTINCT `id` FROM `salt_returns` ORDER BY `id`")]
+        return [minion for (minion,) in self.query("SELECT DISTINCT `id` FROM `salt_returns` ORDER BY `id`")]
 
-    def _query(self, statement: str, *values: str) -> list[tuple[Any, ...]]:
-        with self._connection() as connection, connection.cursor() as cursor:
-            cursor.execute(statement, values)
-            return list(cursor.fetchall())
+    def endtime(self, jid: str) -> datetime.datetime | None:
+        """When the last return of a job came, in UTC; ``None`` where that is not known."""
+        if "alter_time" not in self.columns("salt_returns"):
+            return None
+        ((moment,),) = self.query("SELECT MAX(`alter_time`) FROM `salt_returns` WHERE `jid` = %s", jid)
+        return moment if isinstance(moment, datetime.datetime) else None
 
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[pymysql.Connection[Any]]:
-        problems = []
-        for host in self._to.hosts[:1] if self._to.unix_socket else self._to.hosts:
-            try:
-                connection = self._connect(host)
-            except pymysql.MySQLError as exc:
-                problems.append(f"{host}: {exc}")
-                continue
-            try:
-                yield connection
-            except pymysql.MySQLError as exc:
-                raise ServerUnavailable(f"{host}: {exc}") from exc
-            finally:
-                connection.close()
-            return
-        raise ServerUnavailable("; ".join(problems))
-
-    def _connect(self, host: str) -> pymysql.Connection[Any]:
-        to = self._to
-        context = tls.context(to)
-        connection = pymysql.connect(
-            host=host,
-            port=to.port,
-            unix_socket=to.unix_socket,
-            user=to.user,
-            password=to.password.encode().decode("latin-1"),  # as in database.py
-            database=to.db,
-            charset="utf8mb4",
-            connect_timeout=_CONNECT_SECONDS,
-            read_timeout=_READ_SECONDS,
-            write_timeout=_READ_SECONDS,
-            ssl=context,
-        )
-        if context is not None and not getattr(connection, "_secure", False):
-            connection.close()
-            raise SettingsError(
-                "mysql.ssl_* is set but the server offers no TLS; enable it there, or remove mysql.ssl_*"
-            )
-        return connection
+    def endtimes(self) -> dict[str, datetime.datetime]:
+        """The same of all jobs, by jid; it reads the whole table."""
+        if "alter_time" not in self.columns("salt_returns"):
+            return {}
+        rows = self.query("SELECT `jid`, MAX(`alter_time`) FROM `salt_returns` GROUP BY `jid`")
+        return {jid: moment for jid, moment in rows if isinstance(moment, datetime.datetime)}
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def load_as_cached(load: dict[str, Any]) -> dict[str, Any]:
+    """A stored load as ``get_load`` of the local cache gives it."""
+    load = {key: value for key, value in load.items() if key != "missing"}  # which that does not know
+    minions = load.pop("Minions", None)
+    if minions is None and _is_standalone(load):
+        minions = [load["tgt"]]  # whom the master finds for a job that came with its return
+    if isinstance(minions, list) and minions:
+        load["Minions"] = sorted({minion for minion in minions if isinstance(minion, str)})
+    return load
+
+
+def _is_standalone(load: Mapping[str, Any]) -> bool:
+    """Whether a load was made of the return of a salt-call or a schedule."""
+    fun, minion = load.get("fun"), load.get("id")
+    of_master = isinstance(fun, str) and fun.startswith(OF_MASTER)
+    return isinstance(minion, str) and bool(minion) and minion == load.get("tgt") and not of_master
+
+
+def as_cached(full_ret: str) -> dict[str, Any]:
+    """A return as ``get_jid`` of the local cache gives it: what the minion said, without what we added."""
+    try:
+        ret, end = _decode(full_ret)
+    except (ValueError, RecursionError):  # of another writer, and cut: better that than nothing
+        return {"return": full_ret}
+    if end != len(full_ret) or not isinstance(ret, dict) or "return" not in ret:
+        return {"return": full_ret if end != len(full_ret) else ret}
+    if next(reversed(ret)) not in _ADDED:
+        return {key: ret[key] for key in _KEPT if key in ret}
+    return {key: ret[key] for key in _KEPT if key in ret and key not in _added(ret)}
+
+
+def _added(ret: dict[str, Any]) -> set[str]:
+    """The keys at the end of ``full_ret`` that no minion's return has there."""
+    added = set()
+    for key in reversed(ret):
+        if key not in _ADDED:
+            break
+        added.add(key)
+    return added
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """A JSON object of the tables; ``{}`` for what another writer left that is none."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):  # a row of someone else
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
-__all__ = ["Reader", "ServerUnavailable", "SettingsError"]
+def _by_jid(rows: Iterable[pool.Row]) -> list[tuple[str, dict[str, Any]]]:
+    """Jobs in the order of their rows, one each: tables without a key may have several rows of one."""
+    texts: dict[str, list[str]] = {}
+    for jid, text in rows:
+        texts.setdefault(jid, []).append(text)
+    return [(jid, _one_load(loads)) for jid, loads in texts.items()]
+
+
+def _one_load(texts: Iterable[str]) -> dict[str, Any]:
+    """A job's load of all its rows: what was published, before what was made of a return."""
+    found: dict[str, Any] = {}
+    for load in map(parsed, texts):
+        if not found:
+            found = load
+        elif records.is_published(load):
+            found = records.merged_load(found, load)
+    return found
+
+
+def _text(value: str) -> str:
+    """A caller's text, as a server can take it."""
+    return value.encode("utf-8", "replace").decode()
+
+
+__all__ = ["OF_MASTER", "Reader", "ServerUnavailable", "SettingsError", "as_cached", "load_as_cached", "parsed"]

@@ -17,20 +17,19 @@ holds one round of folder names at a time, however large the cache is.
 from __future__ import annotations
 
 import asyncio
-import datetime
 import json
 import logging
-import re
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NamedTuple
 
-from . import jsontext, records, schema, sql
+from . import jsontext, moments, records, schema, sql
 from .database import Database, Session
-from .errors import DatabaseError, EngineError
+from .errors import DatabaseError
 from .jobcache import Folder, Job, JobCache
-from .journal import Journal, NewEvent
+from .journal import Journal
+from .journalfile import NewEvent
 from .records import Selection
 
 log = logging.getLogger(__name__)
@@ -331,32 +330,7 @@ def _says_more(new: bytes, stored: str | None) -> bool:
     return published is not None and jsontext.dumps(records.merged_load(load, published)) != stored
 
 
-_LATEST = 4_102_444_800.0
-"""The year 2100: later moments cannot be told by every clock of ours."""
-_AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-
-
-def parse_since(text: str, now: float) -> float:
-    """A moment in seconds since the epoch: ``2h`` ago, a date with or without a time (UTC), or a jid.
-
-    Raises:
-        EngineError: it is none of these.
-    """
-    given = text.strip()
-    if ago := _AGO.fullmatch(given):
-        return max(0.0, now - float(ago[1]) * _SECONDS[ago[2]])
-    try:
-        if records.is_jid(given):
-            moment = datetime.datetime.strptime(given[:20], "%Y%m%d%H%M%S%f").replace(tzinfo=datetime.timezone.utc)
-        else:
-            moment = datetime.datetime.fromisoformat(given)
-            moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)
-        return min(max(0.0, moment.timestamp()), _LATEST)
-    except (ValueError, OverflowError):
-        raise EngineError(
-            f"since: {text!r} must be a time ago (30m, 2h, 1d), a UTC date (2026-11-23, 2026-11-23T14:00), or a jid"
-        ) from None
+parse_since = moments.parse
 
 
 def _moment(seconds: float) -> str:

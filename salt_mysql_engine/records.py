@@ -26,6 +26,10 @@ from .settings import Settings
 SEPARATOR = b"\n\n"
 """Between tag and payload (``TAGEND``, salt/utils/event.py)."""
 
+PRIVATE = "mysql_jobcache/"
+"""Tags that begin so are our own, and stand for what no event of Salt's says. Capture leaves such events of the bus."""
+_MINIONS_TAG, _CHOSEN_TAG = f"{PRIVATE}minions/", f"{PRIVATE}event/"
+
 MAX_TAG_BYTES = 1024
 MAX_NAME_CHARACTERS = 255
 """Width of ``salt_returns.id`` and ``salt_events.tag``. A minion's id is a file's name on the master, and no longer."""
@@ -70,6 +74,8 @@ class Kind(enum.Enum):
     RUNNER_RETURN = "runner return"
     WHEEL_NEW = "wheel new"
     WHEEL_RETURN = "wheel return"
+    MINIONS = "minions"
+    """Whom a syndic's part of a job is for (``save_minions``)."""
 
 
 MASTER_RETURNS = frozenset({Kind.RUNNER_RETURN, Kind.WHEEL_RETURN})
@@ -157,7 +163,7 @@ class Selection:
     def wants_job(self, tag: Tag) -> bool:
         """Whether the job tables get this event."""
         kind = tag.kind
-        if kind is _JOB_RETURN or kind is Kind.JOB_NEW:
+        if kind in (_JOB_RETURN, Kind.JOB_NEW, Kind.MINIONS):
             return True
         return self._runner_jobs if kind in (Kind.RUNNER_NEW, Kind.RUNNER_RETURN) else self._wheel_jobs
 
@@ -166,6 +172,18 @@ class Selection:
         if isinstance(fun, str):
             return self._skips(fun)
         return bool(fun) and all(self._skips(name) for name in fun)
+
+
+_SECRETS = ("token", "password", "key", "auth_list")
+"""What eauth may leave in a load or its ``kwargs`` (``publish``, salt/master.py: only ``auth_list`` is taken out)."""
+
+
+def without_secrets(load: Mapping[str, Any]) -> dict[str, Any]:
+    """A load without what authenticated it."""
+    clean = {key: value for key, value in load.items() if key not in _SECRETS}
+    if isinstance(clean.get("kwargs"), dict):
+        clean["kwargs"] = {key: value for key, value in clean["kwargs"].items() if key not in _SECRETS}
+    return clean
 
 
 def parse_tag(tag: str) -> Tag | None:
@@ -197,13 +215,15 @@ _FOUR_PARTS = {
 class Opened(NamedTuple):
     """An event's parts: its tag, what that says (``None``: no job of anybody's), its payload.
 
-    ``trimmed``: the payload has a value that Salt replaced, being larger than ``max_event_size``.
+    ``trimmed``: the payload has a value that Salt replaced, being larger than ``max_event_size``. ``chosen``: it is
+    for ``salt_events`` whatever the settings say, and for nothing else.
     """
 
     tag: str
     job: Tag | None
     data: dict[str, Any]
     trimmed: bool
+    chosen: bool = False
 
 
 def open_event(body: bytes) -> Opened | Ignored:
@@ -216,6 +236,10 @@ def open_event(body: bytes) -> Opened | Ignored:
         return Ignored.UNDECODABLE
     if not isinstance(data, dict):
         return Ignored.UNDECODABLE
+    if tag.startswith(PRIVATE):
+        if tag.startswith(_CHOSEN_TAG):
+            return Opened(tag[len(_CHOSEN_TAG) :], None, data, trimmed=False, chosen=True)
+        return Opened(tag, Tag(Kind.MINIONS, tag[len(_MINIONS_TAG) :], ""), data, trimmed=False)
     return Opened(tag, parse_tag(tag), data, _TRIMMED_BYTES in payload and is_trimmed(data.get("return")))
 
 
@@ -231,6 +255,42 @@ def try_pack(tag: str, data: Mapping[str, Any]) -> bytes | None:
         return tag.encode() + SEPARATOR + bytes(payload)
     except (ValueError, TypeError, OverflowError):  # or a name that is not UTF-8
         return None
+
+
+def publish_event(jid: str, load: Mapping[str, Any], minions: list[str]) -> bytes | None:
+    """The event of a job's publish, from the load that the master stores of it; ``None`` where that is no publish's."""
+    if not load.keys() >= {"tgt", "fun"} or "return" in load:
+        return None
+    load = without_secrets(load)
+    data: dict[str, Any] = {
+        "jid": jid,
+        "tgt_type": load.get("tgt_type", "glob"),
+        "tgt": load["tgt"],
+        "user": load.get("user", ""),
+        "fun": load["fun"],
+        "arg": load.get("arg", []),
+        "minions": minions,
+        "missing": [],
+        **{key: load[key] for key in ("kwargs", "ret") if key in load},
+    }
+    return try_pack(f"salt/job/{jid}/new", data)
+
+
+def minions_event(jid: str, minions: list[str]) -> bytes | None:
+    """The event that adds minions to a job."""
+    return try_pack(f"{_MINIONS_TAG}{jid}", {"jid": jid, "minions": minions})
+
+
+def chosen_event(body: bytes) -> bytes:
+    """An event's bytes as one that is for ``salt_events`` alone."""
+    return _CHOSEN_TAG.encode() + body
+
+
+def master_return_kind(value: Any, jid: str) -> str | None:
+    """``run`` or ``wheel``, when a return of the master's own is the payload of a runner's or wheel's event."""
+    if not isinstance(value, dict) or value.get("jid") != jid or not isinstance(value.get("fun"), str):
+        return None
+    return {"runner": "run", "wheel": "wheel"}.get(value["fun"].partition(".")[0])
 
 
 def describe(body: bytes) -> dict[str, Any]:
@@ -272,13 +332,14 @@ def interpret(event: Opened, captured_at: float, selection: Selection) -> Record
 
     ``captured_at`` (seconds since the epoch) is the row's time when the event has no ``_stamp``.
     """
-    tag, job_tag, data, trimmed = event
+    tag, job_tag, data, trimmed, chosen = event
     if selection.is_of_peer(data):
         return Ignored.PEER
-    if len(tag) > MAX_NAME_CHARACTERS and selection.wants_event(tag):
+    chosen = chosen or selection.wants_event(tag)
+    if len(tag) > MAX_NAME_CHARACTERS and chosen:
         return Ignored.TOO_LONG
     altered = _altered(data.get("_stamp"), captured_at)
-    stored = Event(tag, jsontext.dumps(data), altered) if selection.wants_event(tag) else None
+    stored = Event(tag, jsontext.dumps(data), altered) if chosen else None
     job = _job_rows(job_tag, data, altered, selection, trimmed)
     if isinstance(job, Record):
         return job if stored is None else job._replace(event=stored)
@@ -319,6 +380,8 @@ def _job_rows(
         return _minion_return(tag, data, altered, trimmed)
     if tag.kind is Kind.JOB_NEW:
         return _published_load(tag, data)
+    if tag.kind is Kind.MINIONS:
+        return Record(load=Load(tag.jid, {"jid": tag.jid, "Minions": data.get("minions")}))
     if tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
         return _master_load(tag, data, selection.master_id)
     return _master_return(tag, data, altered, selection.master_id)
@@ -446,9 +509,24 @@ def synthesised_load(ret: Return) -> dict[str, Any]:
     return load
 
 
+def job_columns(load: Any) -> tuple[str, str, str]:
+    """``fun``, ``user`` and ``tgt`` of a stored load as the columns of ``jids`` have them: cut, lists joined."""
+    if not isinstance(load, Mapping):
+        return "", "", ""
+    return _column(load.get("fun")), _column(load.get("user")), _column(load.get("tgt"))
+
+
+def _column(value: Any) -> str:
+    if isinstance(value, list):
+        value = ",".join(item for item in value if isinstance(item, str))
+    if not isinstance(value, str):
+        return ""
+    return _fun_text(value)
+
+
 def is_published(load: Mapping[str, Any]) -> bool:
     """Whether a stored load came from the publish itself, ours or saltext.mysql's."""
-    return "Minions" in load or load.get("cmd") == "publish"
+    return ("Minions" in load and "tgt" in load and "id" not in load) or load.get("cmd") == "publish"
 
 
 def merged_load(stored: Any, new: dict[str, Any]) -> dict[str, Any]:
@@ -457,14 +535,16 @@ def merged_load(stored: Any, new: dict[str, Any]) -> dict[str, Any]:
     A published load beats a synthesised one. Two published loads are one job's parts (3008 publishes
     a batch job once per sub-batch under one jid): their minions add up. Merging again changes nothing.
     """
-    if not isinstance(stored, dict) or not is_published(stored):
+    if not isinstance(stored, dict):
         return new
-    merged = {**new, **stored}
+    if "tgt" not in new:  # a syndic's minions, who belong to any load
+        return {**stored, "Minions": _union(stored.get("Minions"), new["Minions"])}
+    merged = {**new, **stored} if is_published(stored) else dict(new)
     for key in ("Minions", "missing"):
         if isinstance(new.get(key), list):
             merged[key] = _union(stored.get(key), new[key])
-    if isinstance(stored.get("tgt"), list) and isinstance(new.get("tgt"), list):
-        merged["tgt"] = _union(stored["tgt"], new["tgt"])
+    if isinstance(merged.get("tgt"), list) and isinstance(new.get("tgt"), list):
+        merged["tgt"] = _union(merged["tgt"], new["tgt"])
     return merged
 
 

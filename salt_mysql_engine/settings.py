@@ -172,6 +172,25 @@ OPTIONS: dict[str, Option] = {
         1_000_000,
         unit="letters",
     ),
+    "retention_days": Option(
+        0.0,
+        "Jobs that began longer ago are deleted from the tables, with their returns, and events of that age too. 0: "
+        "everything stays for ever; Salt's keep_jobs_seconds means nothing here.",
+        0.0,
+        36_500.0,
+        unit="days",
+    ),
+    "archive": Option(
+        False,
+        "What retention_days takes out of the tables goes into jids_archive, salt_returns_archive and "
+        "salt_events_archive, the tables of saltext.mysql's archive_jobs, instead of away.",
+    ),
+    "partitions": Option(
+        "none",
+        "Partitions of jids and salt_returns by the time in the jid: tables that the engine creates, or that migrate "
+        "brings to this shape, are made so. The engine makes the coming ones ahead, and retention drops whole ones.",
+        choices=("none", "day", "week", "month"),
+    ),
     "pillar_refresh_seconds": Option(
         60.0,
         "How often the master's own pillar is compiled for these options.",
@@ -203,6 +222,9 @@ class Settings:
     journal_max_age_hours: float
     journal_full: str
     dead_letters_max: int
+    retention_days: float
+    archive: bool
+    partitions: str
     pillar_refresh_seconds: float
     sources: Mapping[str, Source]
 
@@ -237,6 +259,18 @@ def combine(master_config: Mapping[str, Any], pillar: Mapping[str, Any]) -> Sett
         values.update(given)
         sources.update(dict.fromkeys(given, source))
     return Settings(**values, sources=sources)
+
+
+def of_master(opts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What stands under the engine in the master config of ``opts``; for other processes than the engine's own."""
+    engines = opts.get("engines") or []
+    for engine in engines if isinstance(engines, list) else [engines]:
+        if isinstance(engine, Mapping):
+            for name, options in engine.items():
+                # ``{name: {engine_module: mysql_jobcache}}`` names one engine's second copy (salt/engines/__init__.py)
+                if isinstance(options, Mapping) and options.get("engine_module", name) == PILLAR_KEY:
+                    return {key: value for key, value in options.items() if key != "engine_module"}
+    return {}
 
 
 def _unknown(name: str) -> str:

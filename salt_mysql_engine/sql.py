@@ -12,21 +12,25 @@ before every transaction. Identifiers stand in backticks, so ``ANSI_QUOTES`` cha
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 
 from .records import Event, Return
 
 INSERT_LOADS = b"INSERT INTO `jids` (`jid`, `load`) VALUES "
+INSERT_LOADS_WITH_COLUMNS = b"INSERT INTO `jids` (`jid`, `load`, `fun`, `user`, `tgt`) VALUES "
 KEEP_LOADS = b" ON DUPLICATE KEY UPDATE `jid` = `jids`.`jid`"
 """What stands, stands; a better load is put in its place by :func:`update_load`."""
 
 INSERT_RETURNS = (
     b"INSERT INTO `salt_returns` (`fun`, `jid`, `return`, `id`, `success`, `full_ret`, `alter_time`) VALUES "
 )
+INSERT_RETURNS_UNTIMED = INSERT_RETURNS.replace(b", `alter_time`", b"")
 KEEP_RETURNS = b" ON DUPLICATE KEY UPDATE `jid` = `salt_returns`.`jid`"
 """The first return of a (jid, minion) stands."""
 
 INSERT_EVENTS = b"INSERT INTO `salt_events` (`tag`, `data`, `alter_time`, `master_id`, `event_key`) VALUES "
+INSERT_EVENTS_WITHOUT_KEY = INSERT_EVENTS.replace(b", `event_key`", b"")
 KEEP_EVENTS = b" ON DUPLICATE KEY UPDATE `id` = `salt_events`.`id`"
 
 MAX_KEYS = 1000
@@ -41,21 +45,24 @@ def quote(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
-def load_row(jid: str, load_json: str) -> bytes:
-    """A row of ``jids``."""
-    return f"({quote(jid)}, {quote(load_json)})".encode()
+def load_row(jid: str, load_json: str, columns: Iterable[str] | None = None) -> bytes:
+    """A row of ``jids``, with its ``fun``, ``user`` and ``tgt`` where the table has them."""
+    more = "".join(f", {quote(value)}" for value in columns or ())
+    return f"({quote(jid)}, {quote(load_json)}{more})".encode()
 
 
-def update_load(jid: str, load_json: str) -> bytes:
+def update_load(jid: str, load_json: str, columns: Iterable[str] | None = None) -> bytes:
     """Puts a load in the place of the one that stands."""
-    return f"UPDATE `jids` SET `load` = {quote(load_json)} WHERE `jid` = {quote(jid)}".encode()
+    names = zip(("fun", "user", "tgt"), columns or (), strict=False)
+    more = "".join(f", `{name}` = {quote(value)}" for name, value in names)
+    return f"UPDATE `jids` SET `load` = {quote(load_json)}{more} WHERE `jid` = {quote(jid)}".encode()
 
 
-def return_row(ret: Return) -> bytes:
+def return_row(ret: Return, *, timed: bool = True) -> bytes:
     """A row of ``salt_returns``; ``success`` is the text ``1`` or ``0``, as saltext.mysql's rows have it."""
     return (
         f"({quote(ret.fun)}, {quote(ret.jid)}, {quote(ret.return_json)}, {quote(ret.id)}, "
-        f"'{ret.success:d}', {quote(ret.full_ret_json)}, '{ret.altered}')"
+        f"'{ret.success:d}', {quote(ret.full_ret_json)}" + (f", '{ret.altered}')" if timed else ")")
     ).encode()
 
 
@@ -67,11 +74,34 @@ def update_return(ret: Return) -> bytes:
     ).encode()
 
 
-def event_row(event: Event, master_id: str, event_key: bytes) -> bytes:
+def event_row(event: Event, master_id: str, event_key: bytes | None) -> bytes:
     """A row of ``salt_events``; ``event_key`` (16 bytes) makes a replayed row a duplicate."""
+    key = "" if event_key is None else f", X'{event_key.hex()}'"
+    return f"({quote(event.tag)}, {quote(event.data_json)}, '{event.altered}', {quote(master_id)}{key})".encode()
+
+
+def select_event(event: Event, master_id: str) -> bytes:
+    """Whether a table without ``event_key`` holds an event. Its ``alter_time`` may be cut or rounded to a second."""
+    digest = hashlib.sha1(event.data_json.encode(), usedforsecurity=False).hexdigest()
     return (
-        f"({quote(event.tag)}, {quote(event.data_json)}, '{event.altered}', {quote(master_id)}, X'{event_key.hex()}')"
+        f"SELECT 1 FROM `salt_events` WHERE `tag` = {quote(event.tag)} AND `master_id` = {quote(master_id)} "
+        f"AND ABS(TIMESTAMPDIFF(SECOND, `alter_time`, '{event.altered}')) <= 1 AND SHA1(`data`) = '{digest}' LIMIT 1"
     ).encode()
+
+
+def get_lock(name: str, seconds: int) -> str:
+    """Takes a lock of the server's that all engines on this database know; gives 1, or 0 after ``seconds``."""
+    return f"SELECT GET_LOCK({_lock_name(name)}, {seconds})"
+
+
+def release_lock(name: str) -> str:
+    """Gives it back."""
+    return f"SELECT RELEASE_LOCK({_lock_name(name)})"
+
+
+def _lock_name(name: str) -> str:
+    # A lock's name is the server's, not the database's, and has 64 characters.
+    return f"CONCAT('mysql_jobcache.{name}.', LEFT(MD5(DATABASE()), 16))"
 
 
 def statements(head: bytes, rows: Iterable[bytes], tail: bytes, *, max_bytes: int) -> Iterator[tuple[bytes, int]]:

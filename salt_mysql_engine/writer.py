@@ -5,9 +5,6 @@ Promise
     written again and changes nothing then: a COMMIT whose answer was lost, a ``kill -9`` between
     COMMIT and the journal's delete, and a replay are all the same case.
 
-One transaction writes ``jids``, then ``salt_returns``, then ``salt_events``, rows in the order of their
-keys, so that two masters on one database wait for each other instead of deadlocking.
-
 What an error does is its verdict. RETRY: the same batch again, after full-jitter back-off from 0.5 s
 doubling to 30 s. OPERATOR: the same, from 5 s on, with the remedy in the log. SPLIT: the batch is
 halved until the refused row stands alone and becomes a dead letter; that happens only on the server's
@@ -20,22 +17,20 @@ import asyncio
 import collections
 import contextlib
 import functools
-import hashlib
-import json
 import logging
 import random
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from . import jsontext, records, schema, sql
+from . import records, schema, sql
 from .batcher import Batcher, Limits
 from .capture import InJournal
 from .database import Database, Session
 from .errors import AnswerTimeout, DatabaseError, OperatorNeeded, RowsRejected, Verdict
 from .journal import Journal, Settlement
-from .records import Return
+from .rows import Item, Rows
 from .verify import Checked, Verifier
 
 log = logging.getLogger(__name__)
@@ -45,22 +40,10 @@ _BACKOFF_MAX = 30.0  # seconds
 _SAY_AGAIN_SECONDS = 60.0
 _PING_AFTER_SECONDS = 30.0
 _JOURNAL_RETRY_SECONDS = 1.0
+LOOK_AT_TABLES_SECONDS = 60.0
+"""How often the tables' shape is looked at: someone may migrate them meanwhile."""
 HOME_PROBE_SECONDS = 30.0
 """How often the first of several hosts is tried while another one has our session."""
-
-
-class Item(NamedTuple):
-    """An event in a batch: its rows as SQL, or the reason why it has none."""
-
-    seq: int
-    captured_at: float
-    outcome: records.Record | records.Ignored | None
-    return_row: bytes = b""
-    event_row: bytes = b""
-    size: int = 0
-    """Bytes of SQL, about."""
-    error: str = ""
-    """Why there is no outcome: a fault of ours, which makes the event a dead letter."""
 
 
 class Fault(NamedTuple):
@@ -86,6 +69,7 @@ class Writer:
         self.batcher: Batcher[Item] = Batcher(limits)
         self.create_tables = True
         self.store_events = False
+        self.partitions = "none"
         self.tables_known = False
         """Whether the tables were looked at, on this connection and with these settings."""
         self.fault: Fault | None = None
@@ -105,6 +89,11 @@ class Writer:
         self._homeward: asyncio.Task[Session] | None = None
         self._home_at = 0.0
         self._at_home = True
+        self._shape: schema.Shape | None = None
+        self._look_at = 0.0
+        self._said_old = False
+        self._uncertain_through = 0
+        """Events up to this ``seq`` may be in the tables already."""
         self._cursor = 0
         self._unread = 0
         self._unread_bytes = 0
@@ -140,6 +129,7 @@ class Writer:
 
     async def run(self) -> None:
         """Ships batches until cancelled."""
+        self._uncertain_through = await self._journalled(lambda: self._in_journal(self._journal.newest_seq))
         try:
             while True:
                 batch = await self._next_batch()
@@ -296,29 +286,35 @@ class Writer:
         )
         if not rows:
             return dict(ignored)
+        if not self.store_events and any(item.event_row for item in rows):  # from before the settings changed
+            self.store_events, self.tables_known = True, False
         session = await self._ready()
+        assert self._shape is not None
+        into = Rows(
+            session,
+            self._shape,
+            master_id=self.selection.master_id,
+            uncertain_through=self._uncertain_through,
+        )
+        await into.begin()
         try:
-            trimmed = await self._new_trimmed(session, rows)
-            written, conflicts = await self._write_rows(session, rows)
+            done = await into.write(rows)
             session.check_escapes()
+            self._uncertain_through = max(self._uncertain_through, rows[-1].seq)
             await session.commit()
-            self.conflicts += conflicts
         except RowsRejected:
             if session.usable:
                 await session.rollback()
+                await into.end()
             raise
-        return {**ignored, "written": written, "duplicates": len(rows) - written, "trimmed": trimmed}
-
-    async def _new_trimmed(self, session: Session, items: list[Item]) -> int:
-        """How many returns with a trimmed value have no row yet."""
-        rets = [item.outcome.ret for item in items if isinstance(item.outcome, records.Record) and item.outcome.ret]
-        keys = sorted(
-            {(ret.jid, ret.id) for ret in rets if ret.trimmed} - {(r.jid, r.id) for r in rets if not r.trimmed}
-        )
-        stored = 0
-        for start in range(0, len(keys), sql.MAX_KEYS):
-            stored += len(await session.query(sql.select_returned(keys[start : start + sql.MAX_KEYS])))
-        return len(keys) - stored
+        await into.end()
+        self.conflicts += done.conflicts
+        return {
+            **ignored,
+            "written": done.written,
+            "duplicates": len(rows) - done.written,
+            "trimmed": done.trimmed,
+        }
 
     async def _ready(self) -> Session:
         """The session, opened if need be, its tables looked at."""
@@ -332,13 +328,28 @@ class Writer:
             session = await self._come_home(session)
         else:
             session = await self._use(await self._database.open())
-        if not self.tables_known:
-            created = await schema.ensure(session, create=self.create_tables, events=self.store_events)
+        if not self.tables_known or asyncio.get_running_loop().time() >= self._look_at:
+            created, self._shape = await schema.ensure(
+                session, create=self.create_tables, events=self.store_events, partitions=self.partitions
+            )
+            self._look_at = asyncio.get_running_loop().time() + LOOK_AT_TABLES_SECONDS
+            self._say_if_old(session, self._shape)
             if created:
                 log.warning("Created the tables %s in the database at %s", ", ".join(created), session.host)
             self.tables_known = True
         session.check_escapes()
         return session
+
+    def _say_if_old(self, session: Session, shape: schema.Shape) -> None:
+        wanted = {"jids", "salt_returns", "salt_events"} if self.store_events else {"jids", "salt_returns"}
+        old = not (shape.unique >= wanted and shape.job_columns and shape.utf8mb4)
+        if old and not self._said_old:
+            log.warning(
+                "The tables at %s are of an older shape. They are written to as they are, slower than need be; "
+                "`salt-run mysql_jobcache.schema` says what is missing, `mysql_jobcache.migrate` brings it",
+                session.host,
+            )
+        self._said_old = old
 
     async def _use(self, session: Session) -> Session:
         await self._drop_probe()
@@ -375,7 +386,9 @@ class Writer:
     async def _open_home(self) -> Session:
         session = await self._database.open_first()
         try:
-            await schema.ensure(session, create=self.create_tables, events=self.store_events)
+            await schema.ensure(
+                session, create=self.create_tables, events=self.store_events, partitions=self.partitions
+            )
         except BaseException:
             session.close()
             raise
@@ -389,117 +402,3 @@ class Writer:
         await asyncio.wait({probe}, timeout=1.0)  # before Python 3.12 wait_for() may swallow a cancellation
         if probe.done() and not probe.cancelled() and not probe.exception():
             probe.result().close()
-
-    async def _write_rows(self, session: Session, items: list[Item]) -> tuple[int, int]:
-        """Everything between BEGIN (implied by the first statement) and COMMIT; gives events written, conflicts."""
-        changed = await self._write_loads(session, [item.outcome for item in items])
-        firsts: dict[tuple[str, str], Item] = {}
-        repeated: list[Return] = []
-        events: list[bytes] = []
-        extra_events: list[bytes] = []  # of events whose fate is that of their return
-        written = 0
-        for item in items:
-            assert isinstance(item.outcome, records.Record)
-            load, ret, event = item.outcome
-            if ret is not None and firsts.setdefault((ret.jid, ret.id), item) is not item:
-                repeated.append(ret)
-            if event is not None:
-                (events if ret is None else extra_events).append(item.event_row)
-            elif ret is None and load is not None and load.jid in changed:
-                written += 1
-                changed.discard(load.jid)  # the other parts of a batch job's load are its duplicates
-        rows = [firsts[key].return_row for key in sorted(firsts)]
-        conflicts = 0
-        inserted = await self._insert(session, sql.INSERT_RETURNS, rows, sql.KEEP_RETURNS)
-        if inserted < len(firsts) or repeated:
-            returns = [item.outcome.ret for item in firsts.values() if isinstance(item.outcome, records.Record)]
-            mended, conflicts = await self._compare(session, [ret for ret in returns if ret] + repeated)
-            written += mended
-        await self._insert(session, sql.INSERT_EVENTS, extra_events, sql.KEEP_EVENTS)
-        inserted += await self._insert(session, sql.INSERT_EVENTS, events, sql.KEEP_EVENTS)
-        return written + inserted, conflicts
-
-    async def _insert(self, session: Session, head: bytes, rows: Iterable[bytes], tail: bytes) -> int:
-        affected = 0
-        for statement, _ in sql.statements(head, rows, tail, max_bytes=session.max_packet):
-            affected += await session.execute(statement)
-        return affected
-
-    async def _write_loads(self, session: Session, outcomes: Iterable[Any]) -> set[str]:
-        """Writes ``jids``; gives the jids whose row came into being or changed."""
-        published: dict[str, dict[str, Any]] = {}
-        synthesised: dict[str, Return] = {}
-        for load, ret, _ in outcomes:
-            if load is not None:
-                published[load.jid] = records.merged_load(published.get(load.jid), load.load)
-            elif ret is not None:
-                synthesised.setdefault(ret.jid, ret)
-        new = {
-            jid: jsontext.dumps(records.synthesised_load(ret))
-            for jid, ret in synthesised.items()
-            if jid not in published
-        }
-        changed: set[str] = set()
-        if published:
-            jids = sorted(published)
-            stored: dict[str, str] = {}
-            for start in range(0, len(jids), sql.MAX_KEYS):
-                stored.update(await session.query(sql.select_loads(jids[start : start + sql.MAX_KEYS])))
-            for jid, load in published.items():
-                if jid not in stored:
-                    new[jid] = jsontext.dumps(load)
-                    changed.add(jid)
-                    continue
-                better = jsontext.dumps(records.merged_load(_parsed(stored[jid]), load))
-                if better != stored[jid]:
-                    await session.execute(sql.update_load(jid, better))
-                    changed.add(jid)
-        await self._insert(
-            session, sql.INSERT_LOADS, [sql.load_row(jid, new[jid]) for jid in sorted(new)], sql.KEEP_LOADS
-        )
-        return changed
-
-    async def _compare(self, session: Session, returns: list[Return]) -> tuple[int, int]:
-        """Returns beside what stands for their jid and minion: how many whole ones took a trimmed one's place, and
-        how many others differ."""
-        keys = sorted({(ret.jid, ret.id) for ret in returns})
-        stands: dict[tuple[str, str], tuple[str, bool]] = {}
-        for start in range(0, len(keys), sql.MAX_KEYS):
-            found = await session.query(sql.select_return_digests(keys[start : start + sql.MAX_KEYS]))
-            stands.update(((jid, id_), (digest, bool(trimmed))) for jid, id_, digest, trimmed in found)
-        mended: set[tuple[str, str]] = set()
-        differing: list[Return] = []
-        for ret in returns:
-            key = ret.jid, ret.id
-            if key not in stands:
-                raise RowsRejected(
-                    f"{session.host}: the return of {ret.id!r} for jid {ret.jid} is kept out by another row, "
-                    "through a unique key that is not (jid, id) or a collation that takes both ids for one"
-                )
-            digest, trimmed = stands[key]
-            if digest == _digest(ret):
-                continue
-            if trimmed and not ret.trimmed and key not in mended:
-                await session.execute(sql.update_return(ret))
-                mended.add(key)
-            elif not ret.trimmed:
-                differing.append(ret)
-        if differing:
-            log.warning(
-                "%d returns differ from the one already stored, which stands; the first: jid %s, minion %s",
-                len(differing),
-                differing[0].jid,
-                differing[0].id,
-            )
-        return len(mended), len(differing)
-
-
-def _digest(ret: Return) -> str:
-    return hashlib.sha1(ret.return_json.encode(), usedforsecurity=False).hexdigest()
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # someone else's row
-        return None

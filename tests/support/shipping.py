@@ -51,6 +51,7 @@ class Shipping:
     """An engine's inside in `directory`, shipping to `mysql` (`mysql.*` options); `options` are the engine's own.
 
     With a `cachedir` the job cache there confirms events, as `verify_returns` says; `reconcile` runs passes over it.
+    With `handed_off` jobs come from other processes (`handoff.py`) and not from the bus.
     With `paused=True` events stay in the journal, as they would if the engine were killed before it shipped them.
     """
 
@@ -64,6 +65,7 @@ class Shipping:
         cachedir: Path | None = None,
         reconcile: bool = False,
         keep_seconds: float = 86_400.0,
+        handed_off: bool = False,
         **options: Any,
     ) -> None:
         values, problems = settings.parse(options)
@@ -93,6 +95,9 @@ class Shipping:
         self.writer.create_tables = chosen.schema == "create"
         self.writer.store_events = bool(chosen.events)
         self.capture = Capture(self.journal, self._in_journal, selection, on_append=self.writer.announce)
+        self._handed_off = handed_off
+        if handed_off:
+            self.capture.handed_off = lambda _: True
         self.reconciler: Reconciler | None = None
         if reconcile:
             assert cache is not None
@@ -118,6 +123,8 @@ class Shipping:
         self._beside.append(asyncio.create_task(self.verifier.run(), name="verifier"))
         if self.reconciler is not None:
             self._beside.append(asyncio.create_task(self.reconciler.run(), name="reconciler"))
+        if self._handed_off:
+            self._beside.append(asyncio.create_task(self._look(), name="look"))
         if not self._paused:
             self._task = asyncio.create_task(self.writer.run(), name="writer")
         return self
@@ -142,6 +149,13 @@ class Shipping:
             await self._in_journal(self.journal.close)
             self._thread.shutdown()
             self._cache_thread.shutdown()
+
+    async def _look(self) -> None:
+        while True:
+            events, size = await self._in_journal(self.journal.look)
+            if events:
+                self.writer.announce(events, size)
+            await asyncio.sleep(0.05)
 
     def _login(self) -> Connection:
         return Connection.from_opts(self.mysql)

@@ -17,16 +17,19 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 FOLDERS = ("engines", "runners", "returners")
 
 LAYERS = (
-    {"errors", "jsontext", "settings", "tls", "salvage"},
-    {"records", "sql", "database", "schema", "pillar", "jobcache"},
-    {"bus", "capture", "journal", "batcher", "verify", "writer", "reconcile", "control", "reader", "metrics"},
-    {"engine", "verbs"},
+    {"errors", "jsontext", "settings", "tls", "salvage", "journalfile"},
+    {"records", "sql", "database", "pillar", "jobcache", "moments", "pool", "steady", "partitions"},
+    {"schema", "rows", "blueprint", "shadow", "backfill", "survey", "purge"},
+    {"bus", "capture", "journal", "batcher", "verify", "writer", "reconcile", "control", "handoff"},
+    {"migrate", "retention", "pending", "reader"},
+    {"engine", "verbs", "upkeep", "history"},
 )
 """A module imports from its own layer and those before it."""
 
 FOREIGN = {
     "database": {"aiomysql", "pymysql"},
     "reader": {"pymysql"},
+    "pool": {"pymysql"},
     "pillar": {"salt"},
     "bus": {"msgpack"},
     "records": {"msgpack"},

@@ -97,6 +97,7 @@ def test_a_number_that_may_be_zero_switches_something_off() -> None:
         "dead_letters_max",
         "journal_max_age_hours",
         "reconcile_interval_seconds",
+        "retention_days",
     }
 
 

@@ -4,10 +4,17 @@
 -- jid and id compare byte by byte: Web1 and web1 are two minions.
 
 -- name: jids
+-- fun, user and tgt are what the load says, for queries, and NULL in rows of other writers until the engine fills them in.
 CREATE TABLE IF NOT EXISTS `jids` (
     `jid` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
     `load` LONGTEXT NOT NULL,
-    PRIMARY KEY (`jid`)
+    `fun` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NULL DEFAULT NULL,
+    `user` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NULL DEFAULT NULL,
+    `tgt` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NULL DEFAULT NULL,
+    PRIMARY KEY (`jid`),
+    KEY `fun` (`fun`),
+    KEY `user` (`user`),
+    KEY `tgt` (`tgt`)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET = utf8mb4;
 
 -- name: salt_returns
@@ -21,7 +28,8 @@ CREATE TABLE IF NOT EXISTS `salt_returns` (
     `alter_time` TIMESTAMP(6) NOT NULL DEFAULT CURRENT_TIMESTAMP(6),
     PRIMARY KEY (`jid`, `id`),
     KEY `id` (`id`),
-    KEY `fun` (`fun`),
+    KEY `fun` (`fun`, `id`, `jid`),
+    KEY `success` (`success`, `jid`),
     KEY `alter_time` (`alter_time`)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET = utf8mb4;
 
@@ -37,4 +45,12 @@ CREATE TABLE IF NOT EXISTS `salt_events` (
     UNIQUE KEY `event_key` (`event_key`),
     KEY `tag` (`tag`),
     KEY `alter_time` (`alter_time`)
+) ENGINE = InnoDB DEFAULT CHARACTER SET = utf8mb4;
+
+-- name: mysql_jobcache_schema
+-- Which of the numbered files of this folder were applied, and when.
+CREATE TABLE IF NOT EXISTS `mysql_jobcache_schema` (
+    `version` INT NOT NULL,
+    `applied_at` TIMESTAMP NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    PRIMARY KEY (`version`)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET = utf8mb4;

@@ -1,0 +1,295 @@
+"""The journal's file: its tables, opening and upgrading it, and adding rows to it from several processes.
+
+``<cachedir>/mysql_jobcache/journal.sqlite`` in WAL mode, directory 0700, files 0600, of the owner of ``cachedir``. The
+engine reads and settles (``journal.py``); it and every process that hands over returns (``handoff.py``) append.
+
+The write-ahead log is brought back into the file by :func:`checkpoint` alone, never by a commit: so nobody's commit
+waits for a disk. It ends with an empty log. That lets the others write without syncing at all (``synchronous = OFF``):
+what a power cut can take then are the newest commits, never the file's consistency, because no frame of an older
+log is left for SQLite to take for a newer one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import JournalError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+_APPLICATION_ID = 0x53414C54  # "SALT"
+
+_TABLES = """
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL,
+    trusted INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX events_by_job ON events (jid, minion);
+CREATE TABLE waiting (
+    seq INTEGER PRIMARY KEY,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL,
+    since REAL NOT NULL
+);
+CREATE INDEX waiting_by_job ON waiting (jid, minion);
+CREATE TABLE dead_letters (
+    seq INTEGER PRIMARY KEY,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL,
+    error TEXT NOT NULL,
+    failed_at REAL NOT NULL,
+    reason TEXT NOT NULL DEFAULT 'refused'
+);
+CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE identity (uuid BLOB NOT NULL)
+"""
+
+_UPGRADES = {
+    1: """
+ALTER TABLE events ADD COLUMN trusted INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX events_by_job ON events (jid, minion);
+CREATE TABLE waiting (
+    seq INTEGER PRIMARY KEY,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL,
+    since REAL NOT NULL
+);
+CREATE INDEX waiting_by_job ON waiting (jid, minion);
+ALTER TABLE dead_letters ADD COLUMN reason TEXT NOT NULL DEFAULT 'refused';
+CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
+CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID
+""",
+}
+"""From each older format to the next. Written out: an upgrade must not change when the tables above do."""
+
+PAGE_BYTES = 4096
+ROW_BYTES = 150
+"""What an event takes in the file beside its body, in the table and its index."""
+RESERVE_BYTES = 16 * 1024 * 1024
+WAL_BYTES = 4 * 1024 * 1024
+"""From this size on the engine empties the write-ahead log."""
+_FEW_PAGES = 256
+_OPEN_AGAIN_SECONDS = 0.01
+_MAX_APPEND_ROWS = 190  # times five values: SQLite before 3.32 takes 999 in a statement
+
+
+class NewEvent(NamedTuple):
+    """An event on its way in: when it was captured (seconds since the epoch), whose, and its bytes.
+
+    ``trusted``: it does not come from the bus, and needs no confirmation by the job cache.
+    """
+
+    captured_at: float
+    jid: str
+    minion: str
+    body: bytes
+    trusted: bool = False
+
+
+def folder(cachedir: str) -> Path:
+    """Where the journal of a master lives."""
+    return Path(cachedir) / "mysql_jobcache"
+
+
+def ready_path(path: Path) -> Path:
+    """A complete new file, that waits to take a corrupt one's place."""
+    return path.with_name("journal.ready.sqlite")
+
+
+def make_folder(path: Path) -> None:
+    """Makes the journal's folder, or mends its mode.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if give_away(path) or path.stat().st_uid == os.geteuid():
+        path.chmod(0o700)
+
+
+def give_away(path: Path) -> bool:
+    """What root made (``salt-run``, ``salt-call``) belongs to whom the folder above does: the master's user."""
+    if os.geteuid() != 0:
+        return False
+    owner = path.parent.stat()
+    os.chown(path, owner.st_uid, owner.st_gid)
+    return True
+
+
+def connect(path: Path, *, timeout: float, upgrade: bool = True) -> sqlite3.Connection:
+    """Opens the file; creates it where there is none, and brings an older one to this format (``upgrade``).
+
+    ``timeout``: seconds that a statement may wait for another process. The connection may go from thread to thread.
+
+    Raises:
+        JournalError: the file is not ours, of a newer format, or of an older one without ``upgrade``.
+        sqlite3.Error, OSError: it cannot be used.
+    """
+    with _alone(path, timeout):  # two processes that begin at once would both create the tables
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        give_away(path)
+        # WAL and shared-memory files take the main file's mode and owner.
+        db = sqlite3.connect(path, isolation_level=None, timeout=timeout, check_same_thread=False)
+        try:
+            _prepare(db, path, upgrade=upgrade)
+        except BaseException:
+            db.close()
+            raise
+    return db
+
+
+@contextlib.contextmanager
+def _alone(path: Path, timeout: float) -> Iterator[None]:
+    fd = os.open(path.with_name("opening"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        give_away(path.with_name("opening"))
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise sqlite3.OperationalError("another process is opening the file, and hangs") from None
+                time.sleep(_OPEN_AGAIN_SECONDS)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _prepare(db: sqlite3.Connection, path: Path, *, upgrade: bool) -> None:
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    if tables and application != _APPLICATION_ID:
+        raise JournalError(f"{path} is not a journal of mysql_jobcache; move it away and restart the master")
+    if version > FORMAT:
+        raise JournalError(
+            f"{path} was written by a newer mysql_jobcache (format {version}, this one knows {FORMAT}); "
+            "install that version again, or move the file away to begin a new journal"
+        )
+    if tables and version < FORMAT and not upgrade:
+        raise JournalError(f"{path} waits for the engine to upgrade it from format {version} to {FORMAT}")
+    if not tables:
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only takes effect before the first table
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.execute("PRAGMA wal_autocheckpoint = 0")
+    if version == FORMAT:
+        return
+    with db:
+        db.execute("BEGIN IMMEDIATE")
+        if not tables:
+            _run(db, _TABLES)
+            db.execute("INSERT INTO identity VALUES (?)", (os.urandom(8),))
+            db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        else:
+            for older in range(version, FORMAT):
+                _run(db, _UPGRADES[older])
+                log.warning("The journal %s was upgraded from format %d to %d", path, older, older + 1)
+        db.execute(f"PRAGMA user_version = {FORMAT}")
+
+
+def checkpoint(db: sqlite3.Connection, *, timeout: float) -> bool:
+    """Brings the write-ahead log back into the file and empties it; whether that could be done to the end.
+
+    ``timeout`` is what the connection waits for others otherwise, in seconds.
+    """
+    # Waiting for readers while nobody may write would hold the master's workers up.
+    db.execute("PRAGMA busy_timeout = 0")
+    try:
+        # First, and longest, the part that nobody waits for. Others may add to the log meanwhile.
+        busy, pages, done = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if busy or pages - done > _FEW_PAGES:
+            return False
+        (busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {round(timeout * 1000)}")
+
+
+def wal_bytes(path: Path) -> int:
+    """The size of the write-ahead log."""
+    try:
+        return os.stat(f"{path}-wal").st_size  # noqa: PTH116 (after every commit: a Path costs more than the call)
+    except OSError:
+        return 0
+
+
+def leave_room_to_settle(db: sqlite3.Connection, path: Path) -> None:
+    """On a disk that is full to the last page nothing could be deleted either: deleting writes to the WAL.
+
+    Raises:
+        sqlite3.OperationalError: there is no room for more events.
+    """
+    disk = os.statvfs(path.parent)
+    if disk.f_bavail * disk.f_frsize >= RESERVE_BYTES:
+        return
+    (free,) = db.execute("PRAGMA freelist_count").fetchone()
+    if disk.f_bavail * disk.f_frsize + free * PAGE_BYTES < RESERVE_BYTES:
+        raise sqlite3.OperationalError(f"database or disk is full: less than {RESERVE_BYTES // 2**20} MiB are left")
+
+
+def used_bytes(db: sqlite3.Connection) -> int:
+    """Of the file's pages, those that hold something."""
+    (pages,) = db.execute("PRAGMA page_count").fetchone()
+    (free,) = db.execute("PRAGMA freelist_count").fetchone()
+    return int((pages - free) * PAGE_BYTES)
+
+
+def size_of(events: Sequence[NewEvent]) -> int:
+    """What events take in the file."""
+    return sum(len(event.body) for event in events) + ROW_BYTES * len(events)
+
+
+def insert(db: sqlite3.Connection, events: Sequence[NewEvent]) -> None:
+    """Adds events, inside the caller's transaction."""
+    for start in range(0, len(events), _MAX_APPEND_ROWS):
+        chunk = events[start : start + _MAX_APPEND_ROWS]
+        # One statement for many rows: executemany() takes twice the time, most of it handing
+        # the interpreter's lock to and fro around every row.
+        db.execute(_insert(len(chunk)), [value for event in chunk for value in event])
+
+
+def count(db: sqlite3.Connection, counts: Mapping[str, int]) -> None:
+    """Adds to the books, inside the caller's transaction."""
+    for name, number in counts.items():
+        if number:
+            db.execute(
+                "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+                (name, number),
+            )
+
+
+@functools.cache
+def _insert(rows: int) -> str:
+    return "INSERT INTO events (captured_at, jid, minion, body, trusted) VALUES " + ", ".join(
+        ["(?, ?, ?, ?, ?)"] * rows
+    )
+
+
+def _run(db: sqlite3.Connection, statements: str) -> None:
+    for statement in statements.split(";"):
+        db.execute(statement)

@@ -1,0 +1,259 @@
+"""Rows into the tables, inside one transaction: ``jids``, then ``salt_returns``, then ``salt_events``.
+
+Rows go in the order of their keys, so that two masters on one database wait for each other instead of deadlocking. What
+stands, stands: the tables' unique keys make a row that is written again a duplicate.
+
+Tables of an older shape have no such keys. There the rows that are there already are looked for first, while a lock of
+the server's (``GET_LOCK``) keeps other engines out; texts are written so that columns without four-byte characters take
+them, and functions are cut to their column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from . import jsontext, records, sql
+from .database import Session
+from .errors import RowsRejected, ServerUnavailable
+from .records import Return
+from .schema import Shape
+
+log = logging.getLogger(__name__)
+
+_LOCK_SECONDS = 10
+
+
+class Item(NamedTuple):
+    """An event in a batch: its rows as SQL, or the reason why it has none."""
+
+    seq: int
+    captured_at: float
+    outcome: records.Record | records.Ignored | None
+    return_row: bytes = b""
+    event_row: bytes = b""
+    size: int = 0
+    """Bytes of SQL, about."""
+    error: str = ""
+    """Why there is no outcome: a fault of ours, which makes the event a dead letter."""
+
+
+class Written(NamedTuple):
+    """What became of a batch's rows. ``trimmed`` counts the new rows with a value that Salt had trimmed."""
+
+    written: int
+    conflicts: int
+    trimmed: int
+
+
+class Rows:
+    """Writes rows into tables of one shape.
+
+    ``uncertain_through``: events up to this ``seq`` may have been written before, by a COMMIT whose answer was lost.
+    """
+
+    def __init__(self, session: Session, shape: Shape, *, master_id: str, uncertain_through: int) -> None:
+        self._session = session
+        self._shape = shape
+        self._master_id = master_id
+        self._uncertain_through = uncertain_through
+        self._as_ever = shape.utf8mb4 and shape.alter_time and shape.fun_characters >= records.MAX_FUN_CHARACTERS
+        """Whether a return's prepared row fits."""
+
+    @property
+    def _needs_lock(self) -> bool:
+        return not self._shape.unique >= {"jids", "salt_returns"}
+
+    async def begin(self) -> None:
+        """Before the transaction.
+
+        Raises:
+            ServerUnavailable: another engine is writing to these tables, which have no unique keys.
+        """
+        if self._needs_lock:
+            ((mine,),) = await self._session.query(sql.get_lock("write", _LOCK_SECONDS))
+            if not mine:
+                raise ServerUnavailable(
+                    f"{self._session.host}: another engine writes to the tables, which need migrate"
+                )
+
+    async def end(self) -> None:
+        """After the COMMIT, or the ROLLBACK."""
+        if self._needs_lock and self._session.usable:
+            await self._session.query(sql.release_lock("write"))
+
+    async def write(self, items: list[Item]) -> Written:
+        """Everything between BEGIN (implied by the first statement) and COMMIT."""
+        trimmed = await self._new_trimmed(items)
+        changed = await self._write_loads([item.outcome for item in items])
+        firsts: dict[tuple[str, str], Item] = {}
+        repeated: list[Return] = []
+        events: list[Item] = []
+        extra_events: list[Item] = []  # of events whose fate is that of their return
+        written = 0
+        for item in items:
+            assert isinstance(item.outcome, records.Record)
+            load, ret, event = item.outcome
+            if ret is not None and firsts.setdefault((ret.jid, ret.id), item) is not item:
+                repeated.append(ret)
+            if event is not None:
+                (events if ret is None else extra_events).append(item)
+            elif ret is None and load is not None and load.jid in changed:
+                written += 1
+                changed.discard(load.jid)  # the other parts of a batch job's load are its duplicates
+        conflicts = 0
+        inserted = await self._write_returns(firsts)
+        if inserted < len(firsts) or repeated:
+            returns = [item.outcome.ret for item in firsts.values() if isinstance(item.outcome, records.Record)]
+            mended, conflicts = await self._compare([ret for ret in returns if ret] + repeated)
+            written += mended
+        await self._write_events(extra_events)
+        inserted += await self._write_events(events)
+        return Written(written + inserted, conflicts, trimmed)
+
+    async def _write_returns(self, firsts: dict[tuple[str, str], Item]) -> int:
+        keys = sorted(firsts)
+        if "salt_returns" not in self._shape.unique:
+            there = await self._returned(keys)
+            keys = [key for key in keys if key not in there]
+        head = sql.INSERT_RETURNS if self._shape.alter_time else sql.INSERT_RETURNS_UNTIMED
+        return await self._insert(head, [self._return_row(firsts[key]) for key in keys], sql.KEEP_RETURNS)
+
+    def _return_row(self, item: Item) -> bytes:
+        if self._as_ever:
+            return item.return_row
+        assert isinstance(item.outcome, records.Record)
+        assert item.outcome.ret is not None
+        return sql.return_row(self._fitted(item.outcome.ret), timed=self._shape.alter_time)
+
+    def _fitted(self, ret: Return) -> Return:
+        """A return as the columns take it."""
+        if self._as_ever:
+            return ret
+        return ret._replace(
+            fun=ret.fun[: self._shape.fun_characters],
+            return_json=self._text(ret.return_json),
+            full_ret_json=self._text(ret.full_ret_json),
+        )
+
+    def _text(self, text: str) -> str:
+        return text if self._shape.utf8mb4 else jsontext.ascii_only(text)
+
+    async def _returned(self, keys: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        found: set[tuple[str, str]] = set()
+        for start in range(0, len(keys), sql.MAX_KEYS):
+            found.update(await self._session.query(sql.select_returned(keys[start : start + sql.MAX_KEYS])))
+        return found
+
+    async def _new_trimmed(self, items: list[Item]) -> int:
+        """How many returns with a trimmed value have no row yet."""
+        rets = [item.outcome.ret for item in items if isinstance(item.outcome, records.Record) and item.outcome.ret]
+        keys = {(ret.jid, ret.id) for ret in rets if ret.trimmed} - {(r.jid, r.id) for r in rets if not r.trimmed}
+        return len(keys) - len(await self._returned(sorted(keys)))
+
+    async def _write_loads(self, outcomes: Iterable[Any]) -> set[str]:
+        """Writes ``jids``; gives the jids whose row came into being or changed."""
+        published: dict[str, dict[str, Any]] = {}
+        synthesised: dict[str, Return] = {}
+        for load, ret, _ in outcomes:
+            if load is not None:
+                published[load.jid] = records.merged_load(published.get(load.jid), load.load)
+            elif ret is not None:
+                synthesised.setdefault(ret.jid, ret)
+        new = {jid: records.synthesised_load(ret) for jid, ret in synthesised.items() if jid not in published}
+        changed: set[str] = set()
+        looked_for = sorted({**published, **new} if "jids" not in self._shape.unique else published)
+        stored: dict[str, str] = {}
+        for start in range(0, len(looked_for), sql.MAX_KEYS):
+            found = await self._session.query(sql.select_loads(looked_for[start : start + sql.MAX_KEYS]))
+            stored.update(reversed(found))  # of several, the first stands
+        for jid, load in published.items():
+            if jid not in stored:
+                new[jid] = load
+                changed.add(jid)
+                continue
+            better = records.merged_load(_parsed(stored[jid]), load)
+            text = self._text(jsontext.dumps(better))
+            if text != stored[jid]:
+                await self._session.execute(sql.update_load(jid, text, self._columns(better)))
+                changed.add(jid)
+        head = sql.INSERT_LOADS_WITH_COLUMNS if self._shape.job_columns else sql.INSERT_LOADS
+        rows = [
+            sql.load_row(jid, self._text(jsontext.dumps(new[jid])), self._columns(new[jid]))
+            for jid in sorted(new)
+            if jid not in stored
+        ]
+        await self._insert(head, rows, sql.KEEP_LOADS)
+        return changed
+
+    def _columns(self, load: dict[str, Any]) -> tuple[str, str, str] | None:
+        return records.job_columns(load) if self._shape.job_columns else None
+
+    async def _write_events(self, items: list[Item]) -> int:
+        if self._shape.event_key:
+            return await self._insert(sql.INSERT_EVENTS, [item.event_row for item in items], sql.KEEP_EVENTS)
+        rows = []
+        for item in items:
+            assert isinstance(item.outcome, records.Record)
+            assert item.outcome.event is not None
+            event = item.outcome.event._replace(data_json=self._text(item.outcome.event.data_json))
+            if item.seq > self._uncertain_through or not await self._is_stored(event):
+                rows.append(sql.event_row(event, self._master_id, None))
+        return await self._insert(sql.INSERT_EVENTS_WITHOUT_KEY, rows, b"")
+
+    async def _is_stored(self, event: records.Event) -> bool:
+        return bool(await self._session.query(sql.select_event(event, self._master_id)))
+
+    async def _insert(self, head: bytes, rows: Iterable[bytes], tail: bytes) -> int:
+        affected = 0
+        for statement, _ in sql.statements(head, rows, tail, max_bytes=self._session.max_packet):
+            affected += await self._session.execute(statement)
+        return affected
+
+    async def _compare(self, returns: list[Return]) -> tuple[int, int]:
+        """Returns beside what stands for their jid and minion: how many whole ones took a trimmed one's place, and
+        how many others differ."""
+        keys = sorted({(ret.jid, ret.id) for ret in returns})
+        stands: dict[tuple[str, str], tuple[str, bool]] = {}
+        for start in range(0, len(keys), sql.MAX_KEYS):
+            found = await self._session.query(sql.select_return_digests(keys[start : start + sql.MAX_KEYS]))
+            stands.update(((jid, id_), (digest, bool(trimmed))) for jid, id_, digest, trimmed in reversed(found))
+        mended: set[tuple[str, str]] = set()
+        differing: list[Return] = []
+        for ret in map(self._fitted, returns):
+            key = ret.jid, ret.id
+            if key not in stands:
+                raise RowsRejected(
+                    f"{self._session.host}: the return of {ret.id!r} for jid {ret.jid} is kept out by another row, "
+                    "through a unique key that is not (jid, id) or a collation that takes both ids for one"
+                )
+            digest, trimmed = stands[key]
+            if digest == _digest(ret):
+                continue
+            if trimmed and not ret.trimmed and key not in mended:
+                await self._session.execute(sql.update_return(ret))
+                mended.add(key)
+            elif not ret.trimmed:
+                differing.append(ret)
+        if differing:
+            log.warning(
+                "%d returns differ from the one already stored, which stands; the first: jid %s, minion %s",
+                len(differing),
+                differing[0].jid,
+                differing[0].id,
+            )
+        return len(mended), len(differing)
+
+
+def _digest(ret: Return) -> str:
+    return hashlib.sha1(ret.return_json.encode(), usedforsecurity=False).hexdigest()
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # someone else's row
+        return None
