@@ -33,6 +33,7 @@ from .journal import Caps, Journal
 from .pillar import OwnPillar
 from .reconcile import Reconciler
 from .records import Selection
+from .retention import Retention
 from .settings import Connection
 from .verify import Verifier
 from .writer import Writer
@@ -118,6 +119,7 @@ class Engine:
             if self._cache
             else None
         )
+        self._retention = Retention(self._database)
         self._bus = BusReader(
             self._opts,
             on_event=self._capture.on_event,
@@ -155,6 +157,7 @@ class Engine:
                 "writer": self._writer.run(),
                 "verifier": self._verifier.run(),
                 "reconcile": self._reconciler.run() if self._reconciler else asyncio.Event().wait(),
+                "retention": self._retention.run(),
                 "tend": self._tend(),
                 "hand-off": self._watch_hand_off(),
                 "control": Control(socket_path(self._opts), verbs).run(),
@@ -241,6 +244,7 @@ class Engine:
                 "corrected": self._verifier.corrected,
             },
             "reconcile": self._reconcile_status(),
+            "retention": self._retention_status(),
             "settings": self._settings.report(),
             "settings_problems": [*self._config_problems, *filter(None, [self._pillar_problem, self._verify_problem])],
         }
@@ -298,6 +302,14 @@ class Engine:
             "passes": self._reconciler.passes,
             "running": now.report() if now else None,
             "last": last.report() if last else None,
+        }
+
+    def _retention_status(self) -> dict[str, Any]:
+        last = self._retention.last
+        return {
+            "last_purge": {**last, "at": _moment(last["at"])} if last else None,
+            "rows_of_others_filled_in": self._retention.filled,
+            "error": self._retention.error or None,
         }
 
     def _ask_reconcile(self, reason: str, since: float | None = None) -> None:
@@ -424,6 +436,10 @@ class Engine:
             self._reconciler.selection = selection
             self._reconciler.create_tables = new.schema == "create"
             self._reconciler.retime(new.reconcile_interval_seconds)
+        self._retention.days, self._retention.archive = new.retention_days, new.archive
+        self._retention.partitions = new.partitions
+        if {"retention_days", "archive", "partitions"}.intersection(changed):
+            self._retention.retime()
         self._writer.batcher.limits = _limits(new)
         self._writer.create_tables = new.schema == "create"
         self._writer.store_events = bool(new.events) or self._events_handed_off
