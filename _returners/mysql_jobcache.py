@@ -31,7 +31,7 @@ import logging
 import salt.utils.jid
 
 try:
-    from salt_mysql_engine import handoff, reader
+    from salt_mysql_engine import handoff
 
     HAS_PACKAGE = True
 except ImportError:
@@ -48,58 +48,84 @@ def __virtual__():
     return __virtualname__
 
 
-def _ask(question, nothing):
-    # The jobs runner has no use for an exception: say what is wrong, and answer with nothing.
-    try:
-        return question(reader.Reader(__opts__))
-    except (reader.ServerUnavailable, reader.SettingsError) as exc:
-        log.error("The jobs in the database cannot be read: %s", exc)
-        return nothing
+def _answers():
+    # PyMySQL and all that reads is for those alone who ask.
+    from salt_mysql_engine.answers import Answers
+
+    return Answers(__opts__)
 
 
 def get_load(jid):
     """
     The job's load; with ``Minions``, the ids that it was published to, where they are known.
     """
-    return _ask(lambda db: db.load(jid), {})
+    return _answers().load(str(jid))
 
 
 def get_jid(jid):
     """
     What each minion returned for the job.
     """
-    return _ask(lambda db: db.returns(jid), {})
+    return _answers().returns(str(jid))
 
 
 def get_jids():
     """
     All jobs, by jid, in the form of ``jobs.list_jobs``.
     """
-    jobs = _ask(lambda db: db.newest_jobs(0), [])
-    return {jid: salt.utils.jid.format_jid_instance(jid, load) for jid, load in jobs}
+    answers = _answers()
+    jobs = {jid: _formatted(salt.utils.jid.format_jid_instance, jid, load) for jid, load in answers.jobs()}
+    if __opts__.get("job_cache_store_endtime"):
+        for jid, moment in answers.endtimes().items():
+            if jobs.get(jid):
+                jobs[jid]["EndTime"] = _endtime(moment)
+    return {jid: job for jid, job in jobs.items() if job}
 
 
 def get_jids_filter(count, filter_find_job=True):
     """
     The newest ``count`` jobs, oldest first.
     """
+    if isinstance(count, bool) or not isinstance(count, int):
+        log.error("The number of jobs must be a whole number, not %r", count)
+        return []
     skip = "saltutil.find_job" if filter_find_job else ""
-    jobs = _ask(lambda db: db.newest_jobs(count, skip=skip), [])
-    return [salt.utils.jid.format_jid_instance_ext(jid, load) for jid, load in jobs]
+    jobs = _answers().newest_jobs(count, skip=skip)
+    return [job for jid, load in jobs if (job := _formatted(salt.utils.jid.format_jid_instance_ext, jid, load))]
 
 
 def get_fun(fun):
     """
     The newest return of each minion for the function ``fun``.
     """
-    return _ask(lambda db: db.last_of_function(fun), {})
+    return _answers().last_of_function(str(fun))
 
 
 def get_minions():
     """
     The ids of all minions that returned something.
     """
-    return _ask(lambda db: db.minions(), [])
+    return _answers().minions()
+
+
+def get_endtime(jid):
+    """
+    When the last return of the job came, as ``jobs.list_job`` shows it; ``False`` where nothing did.
+    """
+    moment = _answers().endtime(str(jid))
+    return _endtime(moment) if moment else False
+
+
+def _endtime(moment):
+    return salt.utils.jid.jid_to_time(f"{moment:%Y%m%d%H%M%S%f}")
+
+
+def _formatted(form, jid, load):
+    try:
+        return form(jid, load)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:  # a row that is no job of Salt's
+        log.debug("The job %r cannot be shown: %s", jid, exc)
+        return None
 
 
 def _hand_off(work):

@@ -14,6 +14,13 @@ Look at and steer the running ``mysql_jobcache`` engine of this master.
     salt-run mysql_jobcache.reconcile
     salt-run mysql_jobcache.dead_letters
     salt-run mysql_jobcache.retry all
+    salt-run mysql_jobcache.schema
+    salt-run mysql_jobcache.migrate dry_run=True
+    salt-run mysql_jobcache.purge dry_run=True
+    salt-run mysql_jobcache.jobs since=1d failed=True
+    salt-run mysql_jobcache.job 20261123140005250000
+    salt-run mysql_jobcache.minion web1
+    salt-run mysql_jobcache.failures
 """
 
 import functools
@@ -160,3 +167,162 @@ def retry(which, trust=False):
         salt-run mysql_jobcache.retry 1042 trust=True
     """
     return verbs.retry(__opts__, which, trust)
+
+
+def _upkeep():
+    from salt_mysql_engine import upkeep
+
+    return upkeep
+
+
+@_clearly
+def schema():
+    """
+    What the database is (without tables of Salt's, in the style of 2014, saltext.mysql's, ours at a version, somebody
+    else's), what its tables lack, how large they are, and what to do. Works without a running engine, and changes
+    nothing.
+
+    .. code-block:: bash
+
+        salt-run mysql_jobcache.schema
+    """
+    return _upkeep().schema(__opts__)
+
+
+@_clearly
+def migrate(dry_run=False):
+    """
+    Bring the tables to the engine's shape, whatever they are now: keys, four-byte text, wide columns, and the
+    partitions that the settings ask for. Of rows that are there twice the first stands. Columns, keys and rows of
+    others stay. The engine and other writers go on meanwhile; it needs room on the database's disk for a copy of the
+    largest table. Interrupted, it goes on where it stopped when it is run again.
+
+    dry_run
+        ``True``: say what would be done, how much room and about how long it takes; change nothing.
+
+    .. code-block:: bash
+
+        salt-run mysql_jobcache.migrate dry_run=True
+        salt-run mysql_jobcache.migrate
+    """
+    return _upkeep().migrate(__opts__, dry_run, _show)
+
+
+@_clearly
+def purge(retention_days=None, dry_run=False):
+    """
+    Delete jobs that began longer ago than so many days, with their returns, and events of that age, now. With
+    ``archive: true`` in the settings they are moved into the archive tables. The engine does it by itself every hour
+    where ``retention_days`` is set.
+
+    retention_days
+        The default is the setting of this name. At 0, for ever, nothing is deleted.
+    dry_run
+        ``True``: say how many rows would go, and which partitions; change nothing.
+
+    .. code-block:: bash
+
+        salt-run mysql_jobcache.purge dry_run=True
+        salt-run mysql_jobcache.purge retention_days=90
+    """
+    return _upkeep().purge(__opts__, retention_days, dry_run, _show)
+
+
+def _history():
+    # PyMySQL and all that reads is for those alone who ask.
+    from salt_mysql_engine import history
+
+    return history
+
+
+def _table(rows):
+    # Salt's table outputter would sort the columns. Programs get `rows` alone: --out=json wins.
+    return {"outputter": "mysql_jobcache", "data": rows} if rows else rows
+
+
+@_clearly
+def jobs(since=None, until=None, fun=None, user=None, target=None, minion=None, failed=False, limit=50, after=None):
+    """
+    The newest jobs, newest first, as MySQL has them. Jobs must pass all filters that are given.
+
+    since, until
+        When the job began: ``2h`` (or ``30m``, ``1d``) ago, a UTC date with or without a time, or a jid.
+    fun, user, target
+        What the job ran, who published it, and its target, as a name or a glob of ``*`` and ``?``.
+    minion
+        A minion that answered, as an id or a glob.
+    failed
+        ``True``: only jobs that failed on some minion; with ``minion``, on that one.
+    limit
+        How many, from 1 to 1,000.
+    after
+        A jid: only older jobs. With the last one of a page, this is the next page.
+
+    .. code-block:: bash
+
+        salt-run mysql_jobcache.jobs
+        salt-run mysql_jobcache.jobs since=1d fun='state.*' failed=True
+        salt-run mysql_jobcache.jobs minion=web1 limit=10 after=20261123140005250000
+        salt-run mysql_jobcache.jobs user=sudo_alice --out=json
+    """
+    return _table(
+        _history().jobs(
+            __opts__,
+            since=since,
+            until=until,
+            fun=fun,
+            user=user,
+            target=target,
+            minion=minion,
+            failed=failed,
+            limit=limit,
+            after=after,
+        )
+    )
+
+
+@_clearly
+def job(jid):
+    """
+    One job: what it was, how many minions answered, failed and are missing, how long that took, and what the
+    failed ones said. Of each kind at most 100 minions are named. What waits in the journal counts too; with MySQL away
+    it is all there is.
+
+    .. code-block:: bash
+
+        salt-run mysql_jobcache.job 20261123140005250000
+    """
+    found = _history().job(__opts__, jid)
+    if "error" in found:
+        __context__["retcode"] = 1
+        return {**found, "retcode": 1}
+    return found
+
+
+@_clearly
+def minion(id, limit=20):
+    """
+    The newest jobs that a minion answered, newest first: the function, whether it went well, and its retcode.
+
+    .. code-block:: bash
+
+        salt-run mysql_jobcache.minion web1
+        salt-run mysql_jobcache.minion web1 limit=100
+    """
+    return _table(_history().minion(__opts__, id, limit=limit))
+
+
+@_clearly
+def failures(since="24h", limit=50):
+    """
+    The newest returns that failed, newest first, with a line that says why.
+
+    since
+        Of jobs that began since then: ``2h`` (or ``30m``, ``1d``) ago, a UTC date with or without a time, or a jid.
+
+    .. code-block:: bash
+
+        salt-run mysql_jobcache.failures
+        salt-run mysql_jobcache.failures since=2026-11-23 limit=500
+    """
+    return _table(_history().failures(__opts__, since=since, limit=limit))

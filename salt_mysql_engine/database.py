@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -69,6 +70,9 @@ _REMEDIES = {
     4151: "unlock the user's account",  # ER_ACCOUNT_HAS_BEEN_LOCKED (MariaDB)
 }
 """A person must act; what to do, by error number."""
+
+_DENIED = re.compile(r"([A-Z][A-Z, ]*) command denied")
+"""How a server names the privilege that is missing."""
 
 _BUSY = frozenset(
     {
@@ -357,6 +361,10 @@ def translate(exc: Exception, host: str) -> DatabaseError:
     message = f"{host}: {text} ({number})" if number else f"{host}: {text or type(exc).__name__}"
     if number in _ROW_ERRORS:
         return RowsRejected(message)
+    if number in (ER.TABLEACCESS_DENIED_ERROR, ER.COLUMNACCESS_DENIED_ERROR) and (denied := _DENIED.search(text)):
+        return OperatorNeeded(
+            f"{message}; GRANT {denied[1].strip()} on the database to the user (docs/operations.md has what is needed)"
+        )
     if number in _REMEDIES:
         return OperatorNeeded(f"{message}; {_REMEDIES[number]}")
     if number in _BUSY or CR.CR_ERROR_FIRST <= number <= CR.CR_ERROR_LAST:

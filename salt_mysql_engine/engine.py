@@ -148,6 +148,7 @@ class Engine:
             "dead_letters": self.dead_letters,
             "delete_dead_letters": self.delete_dead_letters,
             "retry": self.retry,
+            "tables_changed": self.tables_changed,
         }
         tasks = {
             name: asyncio.create_task(work, name=f"mysql_jobcache {name}")
@@ -347,6 +348,12 @@ class Engine:
         self._writer.announce(again, 0)
         return {"retried": again}
 
+    async def tables_changed(self) -> dict[str, Any]:
+        """Someone brought the tables to another shape: they are looked at before the next batch."""
+        self._writer.tables_known = False
+        self._writer.wake()
+        return {}
+
     async def _tend(self) -> None:
         """Keeps the journal small, and sees to it that what a corrupt one lost comes back."""
         salvaged = ""
@@ -434,6 +441,7 @@ class Engine:
             log.error("%s", self._verify_problem)
         if self._reconciler is not None:
             self._reconciler.selection = selection
+            self._reconciler.retention_days = new.retention_days
             self._reconciler.create_tables = new.schema == "create"
             self._reconciler.retime(new.reconcile_interval_seconds)
         self._retention.days, self._retention.archive = new.retention_days, new.archive

@@ -31,6 +31,8 @@ from .journalfile import NewEvent
 
 log = logging.getLogger(__name__)
 
+_FAILURES = (sqlite3.Error, OSError, JournalError, UnicodeDecodeError)
+"""What keeps the file from being written; the last one is how Python tells of some damages."""
 _WAIT_SECONDS = 0.25
 _MEMORY_BYTES = 16 * 1024 * 1024
 _EVENT_BYTES = 400
@@ -136,7 +138,7 @@ class HandOff:
                 return
             try:
                 self._store([event], 0)
-            except (sqlite3.Error, OSError, JournalError) as exc:
+            except _FAILURES as exc:
                 log.error("The journal %s cannot be written: %s; holding returns in memory", self._path, exc)
                 self._hold(event)
                 self._thread = threading.Thread(target=self._try_on, name="mysql_jobcache hand-off", daemon=True)
@@ -166,7 +168,7 @@ class HandOff:
                         del self._memory[: len(group)]
                         self._memory_bytes -= sum(len(event.body) + _EVENT_BYTES for event in group)
                         self._dropped -= dropped
-            except (sqlite3.Error, OSError, JournalError) as exc:
+            except _FAILURES as exc:
                 log.debug("The journal %s still cannot be written: %s", self._path, exc)
                 continue
             with self._lock:
@@ -242,7 +244,7 @@ class HandOff:
                         if journalfile.checkpoint(db, timeout=_WAIT_SECONDS):
                             return
                         time.sleep(_LOG_AGAIN_SECONDS)
-            except (sqlite3.Error, OSError, JournalError) as exc:
+            except _FAILURES as exc:
                 log.debug("The journal's log cannot be brought back now: %s", exc)
 
         if not any(thread.name == "mysql_jobcache log" for thread in threading.enumerate()):

@@ -126,7 +126,7 @@ def _mended(method: Method) -> Method:
         try:
             if not self._broken:
                 return method(self, *args, **kwargs)
-        except sqlite3.DatabaseError as exc:
+        except salvage.BROKEN as exc:
             if not salvage.is_corruption(exc):
                 raise
             log.critical("The journal %s is corrupt: %s", self.path, exc)
@@ -182,7 +182,7 @@ class Journal:
                     self._replace()
                 self._db = self._connect()
                 self._load()
-            except sqlite3.DatabaseError as exc:
+            except salvage.BROKEN as exc:
                 if not salvage.is_corruption(exc):
                     raise
                 log.critical("The journal %s is corrupt: %s", self.path, exc)

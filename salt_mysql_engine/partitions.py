@@ -49,7 +49,9 @@ def day(text: str) -> datetime.date:
     Raises:
         ValueError: it begins with none.
     """
-    return datetime.datetime.strptime(text[:8], "%Y%m%d").replace(tzinfo=datetime.timezone.utc).date()
+    # A jid that somebody made up may be of the 31st of February.
+    first = datetime.datetime.strptime(text[:6], "%Y%m").replace(tzinfo=datetime.timezone.utc).date()
+    return first + datetime.timedelta(days=int(text[6:8]) - 1)
 
 
 def layout(kind: str, first: datetime.date, today: datetime.date) -> list[Partition]:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pymysql
 from pymysql.constants import CLIENT
@@ -32,13 +32,19 @@ _SESSION_SETTINGS = (
 
 Row = tuple[Any, ...]
 
+if TYPE_CHECKING:
+    _DriverConnection = pymysql.connections.Connection[Any]
+else:
+    _DriverConnection = pymysql.connections.Connection
 
-class _Connection(pymysql.connections.Connection[Any]):
+
+class _Connection(_DriverConnection):
     """PyMySQL's connection, that never says a password in the clear, nor anything where TLS was asked for."""
 
     _read_timeout: float | None
     _auth_plugin_name: str
     server_capabilities: int
+    tls_asked_for = False
 
     def wait_at_most(self, seconds: float) -> None:
         """Sets the time that the server has for its next answers."""
@@ -46,7 +52,7 @@ class _Connection(pymysql.connections.Connection[Any]):
 
     def _get_server_information(self) -> None:
         super()._get_server_information()  # type: ignore[misc] # typeshed lists only what has a page
-        if self.ssl and not self.server_capabilities & CLIENT.SSL:
+        if self.tls_asked_for and not self.server_capabilities & CLIENT.SSL:
             raise SettingsError(
                 "mysql.ssl_* is set but the server offers no TLS; enable it there, or remove mysql.ssl_*"
             )
@@ -57,7 +63,7 @@ class _Connection(pymysql.connections.Connection[Any]):
         return super()._process_auth(plugin_name, *rest)  # type: ignore[misc] # as above
 
     def _refuse_clear(self, plugin: str) -> None:
-        if plugin in ("mysql_clear_password", "mysql_old_password") and not self.ssl:
+        if plugin in ("mysql_clear_password", "mysql_old_password") and not self.tls_asked_for:
             raise SettingsError(f"the server asks for the password in the clear ({plugin}); set mysql.ssl_ca")
 
 
@@ -159,6 +165,7 @@ class Pool:
                 program_name="salt_mysql_engine",
                 defer_connect=True,
             )
+            connection.tls_asked_for = context is not None
             try:
                 connection.connect()
                 with connection.cursor() as cursor:

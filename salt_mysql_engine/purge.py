@@ -25,12 +25,15 @@ from .steady import Steady
 
 LOCK = "mysql_jobcache upkeep"
 """Who purges or migrates holds it: one at a time on a database."""
-_CHUNK_SECONDS = 0.04
+_CHUNK_SECONDS = 0.03
 """That a chunk's transaction should take, COMMIT included; a third of the time that it may."""
-_CHUNK_FIRST, _CHUNK_LEAST, _CHUNK_MOST = 50, 10, 2000  # rows
+_CHUNK_FIRST, _CHUNK_LEAST, _CHUNK_MOST = 50, 10, 1000  # rows
 _COPY_ROWS = 1000
 
-_TRUE_JID = "(`jid` REGEXP '^[0-9]{20}(_[0-9]{1,10})?$' AND `jid` NOT LIKE '%\\n')"
+_TRUE_JID = (
+    "(CHAR_LENGTH(`jid`) = 20 AND `jid` NOT REGEXP '[^0-9]' OR "
+    "`jid` REGEXP '^[0-9]{20}_[0-9]{1,10}$' AND `jid` NOT LIKE '%\\n')"
+)
 """As :func:`records.is_jid` has it."""
 
 
@@ -84,7 +87,7 @@ async def count(session: Session, before: float) -> dict[str, Any]:
         old = (
             f"`alter_time` < '{_moment(before)}'"
             if name == "salt_events"
-            else f"`jid` < '{_jid(before)}' AND {_TRUE_JID}"
+            else f"`jid` < '{records.jid_at(before)}' AND {_TRUE_JID}"
         )
         ((found[name],),) = await session.query(f"SELECT COUNT(*) FROM `{name}` WHERE {old}")
         if name in schema.PARTITIONED:
@@ -133,7 +136,7 @@ class _Work:
     async def drop_partitions(self) -> list[str]:
         """Drops those that hold nothing younger, and nothing whose jid is no jid."""
         name = self._name
-        dropped = []
+        going: dict[str, int] = {}
         for part in await self._steady.transaction(lambda session: partitions.look(session, name)):
             if not _is_before(part, self._before):
                 continue
@@ -144,11 +147,17 @@ class _Work:
                 await self._copy_partition(part.name)
                 before, (rows, jids) = rows, await self._counted(part.name)
                 if rows == before:
+                    await self._drop({part.name: rows})
                     break
-            await self._steady.change(f"ALTER TABLE `{name}` DROP PARTITION `{part.name}`")
-            self._count(rows)
-            dropped.append(f"{name}.{part.name}")
-        return dropped
+            going[part.name] = rows
+        if going and not self._archive:
+            await self._drop(going)
+        return [f"{name}.{part}" for part in going]
+
+    async def _drop(self, parts: dict[str, int]) -> None:
+        listed = ", ".join(f"`{part}`" for part in parts)
+        await self._steady.change(f"ALTER TABLE `{self._name}` DROP PARTITION {listed}")
+        self._count(sum(parts.values()))
 
     async def _counted(self, part: str) -> tuple[int, int]:
         """The rows of a partition, and those with a true jid: from the shortest index, not one byte of a return."""
@@ -200,7 +209,7 @@ class _Work:
         def select() -> str:
             return (
                 f"SELECT {listed} FROM `{self._name}` WHERE `jid` {relation} {quote(cursor)} "
-                f"AND `jid` < '{_jid(self._before)}' ORDER BY `jid` LIMIT {size}"
+                f"AND `jid` < '{records.jid_at(self._before)}' ORDER BY `jid` LIMIT {size}"
             )
 
         while True:
@@ -232,7 +241,7 @@ class _Work:
 
     async def _delete_unindexed(self) -> None:
         size = _CHUNK_FIRST
-        old = f"`jid` < '{_jid(self._before)}' AND {_TRUE_JID}"
+        old = f"`jid` < '{records.jid_at(self._before)}' AND {_TRUE_JID}"
         # Looked for without a lock: the last DELETE would otherwise lock its way through all of the table.
         while await self._steady.rows(f"SELECT 1 FROM `{self._name}` WHERE {old} LIMIT 1"):
             began = time.monotonic()
@@ -265,7 +274,7 @@ class _Work:
         """Leaves the server to others for a while; gives the size of the next chunk."""
         took = max(0.001, time.monotonic() - began)
         await asyncio.sleep(took * (1 - self._duty) / self._duty)
-        return int(min(max(size * min(max(_CHUNK_SECONDS / took, 0.25), 1.5), _CHUNK_LEAST), _CHUNK_MOST))
+        return int(min(max(size * min(max(_CHUNK_SECONDS / took, 0.25), 1.25), _CHUNK_LEAST), _CHUNK_MOST))
 
     def _count(self, rows: int) -> None:
         self.rows += rows
@@ -287,11 +296,7 @@ class _Work:
 
 
 def _is_before(part: partitions.Partition, before: float) -> bool:
-    return part.below is not None and part.below <= _jid(before)
-
-
-def _jid(moment: float) -> str:
-    return records.utc(moment).strftime("%Y%m%d%H%M%S%f")
+    return part.below is not None and part.below <= records.jid_at(before)
 
 
 def _moment(moment: float) -> str:

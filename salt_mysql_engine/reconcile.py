@@ -102,6 +102,8 @@ class Reconciler:
         self.interval = 600.0
         """Seconds between passes of the timer; 0 for none."""
         self.create_tables = True
+        self.retention_days = 0.0
+        """Older jobs (0: none) were deleted from the tables, and stay away."""
         self.passes = 0
         self.now: Pass | None = None
         self.last: Pass | None = None
@@ -227,6 +229,8 @@ class Reconciler:
         return found, sum(len(each.minions) for each in found)
 
     def _wants(self, job: Job) -> bool:
+        if self.retention_days and job.jid < records.jid_at(time.time() - self.retention_days * 86_400):
+            return False
         fun = job.load.get("fun", "")
         return not records.is_function(fun) or not self.selection.skips(fun)
 

@@ -43,7 +43,7 @@ _TRIMMED_BYTES = TRIMMED.encode()
 _JID = re.compile(r"\d{20}(_\d{1,10})?", re.ASCII)
 """salt/utils/jid.py 3008.3: 20 digits of UTC, and ``_`` + pid with ``unique_jid``."""
 
-_STAMP = re.compile(r"20[0-3]\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(\+00:00)?", re.ASCII)
+_STAMP = re.compile(r"(20[0-3]\d-\d\d-\d\d)T((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:\.(\d{1,6}))?(?:\+00:00)?", re.ASCII)
 _WORTH_SPLICING = 512
 """Characters of JSON from which on splicing is quicker than serialising once more."""
 _EXT_DATETIME, _EXT_CONSTANT = 78, 79  # salt/payload.py 3008.3
@@ -327,6 +327,11 @@ def is_jid(text: Any) -> bool:
     return isinstance(text, str) and _JID.fullmatch(text) is not None
 
 
+def jid_at(moment: float) -> str:
+    """The jid of a job that begins then (seconds since the epoch)."""
+    return utc(moment).strftime("%Y%m%d%H%M%S%f")
+
+
 def interpret(event: Opened, captured_at: float, selection: Selection) -> Record | Ignored:
     """The rows that an event becomes, or why it becomes none.
 
@@ -559,6 +564,9 @@ def _success(data: Mapping[str, Any]) -> bool:
 
     Multi-function jobs give a dict by function or a list for either.
     """
+    success = data.get("success")
+    if success is True or success is False:
+        return success
     for key, is_good in (("success", bool), ("retcode", _is_zero)):
         value = data.get(key)
         if isinstance(value, dict):
@@ -611,15 +619,20 @@ def _fun_text(fun: str | list[str]) -> str:
 
 def _altered(stamp: Any, captured_at: float) -> str:
     """When the master saw the event: its ``_stamp`` (UTC; aware on 3008), else when we did."""
-    if isinstance(stamp, str) and _STAMP.fullmatch(stamp):
-        try:
-            moment = datetime.datetime.fromisoformat(stamp)
-        except ValueError:  # the 31st of February
-            pass
-        else:
-            if moment.year < 2038:  # the end of MySQL's TIMESTAMP
-                return moment.replace(tzinfo=None).isoformat(" ", "microseconds")
+    if isinstance(stamp, str) and (said := _STAMP.fullmatch(stamp)):
+        day, time, fraction = said.groups()
+        if _is_day(day):
+            return f"{day} {time}.{fraction or '':0<6}"
     return utc(captured_at).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+@functools.lru_cache(maxsize=16)
+def _is_day(text: str) -> bool:
+    """Whether MySQL's TIMESTAMP, which ends in 2038, has the day. Asked for every row, and nearly always for today."""
+    try:
+        return datetime.date.fromisoformat(text).year < 2038
+    except ValueError:  # the 31st of February
+        return False
 
 
 def utc(moment: float) -> datetime.datetime:

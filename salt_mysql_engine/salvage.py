@@ -13,6 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+BROKEN = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""What a damaged file raises: also where SQLite's message quotes a damaged name, which Python then cannot decode."""
+
 _CORRUPTION = ("malformed", "not a database", "disk image", "database corruption", "Could not decode to UTF-8")
 _RANGES = (4096, 64, 1)
 _KEEP_FILES = 3
@@ -36,8 +39,10 @@ class Report(NamedTuple):
     lost: int | None
 
 
-def is_corruption(exc: sqlite3.DatabaseError) -> bool:
+def is_corruption(exc: Exception) -> bool:
     """Whether SQLite says that the file is damaged (SQLITE_CORRUPT, SQLITE_NOTADB)."""
+    if isinstance(exc, UnicodeDecodeError):
+        return True
     # Python 3.10 gives no error codes; these texts are SQLite's own (sqlite3ErrStr, main.c).
     return any(text in str(exc) for text in _CORRUPTION)
 
@@ -83,7 +88,7 @@ def copy(source: Path, into: sqlite3.Connection) -> Report:
 
 
 def _copy_table(old: sqlite3.Connection, into: sqlite3.Connection, table: str, *columns: str) -> None:
-    with contextlib.suppress(sqlite3.DatabaseError):
+    with contextlib.suppress(*BROKEN):
         rows = [row for row in old.execute(f"SELECT {', '.join(columns)} FROM {table}") if _is_sound(columns, row)]
         if rows:
             into.execute(f"DELETE FROM {table}")
@@ -102,7 +107,7 @@ def _last_number(old: sqlite3.Connection) -> int | None:
     """The last ``seq`` that was ever given; ``None`` when that cannot be read."""
     try:
         numbers = [row[0] for row in old.execute("SELECT seq FROM sqlite_sequence")]
-    except sqlite3.DatabaseError:
+    except BROKEN:
         return None
     return max((n for n in numbers if isinstance(n, int) and 0 < n < _MAX_SEQ), default=None)
 
@@ -130,7 +135,7 @@ def _balance(db: sqlite3.Connection, saved: int) -> int | None:
 
 def _copy_rows(old: sqlite3.Connection, into: sqlite3.Connection, table: str) -> int:
     columns = [row[1] for row in into.execute(f"PRAGMA table_info({table})")]
-    with contextlib.suppress(sqlite3.DatabaseError):  # one of an older format has fewer
+    with contextlib.suppress(*BROKEN):  # one of an older format has fewer
         have = {row[1] for row in old.execute(f"PRAGMA table_info({table})")}
         columns = [name for name in columns if name in have] or columns
     names, marks = ", ".join(columns), ", ".join("?" * len(columns))
@@ -150,7 +155,7 @@ def _readable(old: sqlite3.Connection, table: str, names: str) -> Iterator[tuple
             if isinstance(row[0], int):
                 last = row[0]
             yield row
-    except sqlite3.DatabaseError:
+    except BROKEN:
         pass
     else:
         return
@@ -161,7 +166,7 @@ def _readable(old: sqlite3.Connection, table: str, names: str) -> Iterator[tuple
 
 def _last_seq(old: sqlite3.Connection, table: str) -> int | None:
     for statement in (f"SELECT MAX(seq) FROM {table}", "SELECT MAX(seq) FROM sqlite_sequence"):
-        with contextlib.suppress(sqlite3.DatabaseError):
+        with contextlib.suppress(*BROKEN):
             (seq,) = old.execute(statement).fetchone()
             if isinstance(seq, int) and seq < _MAX_SEQ:
                 return seq
@@ -178,7 +183,7 @@ def _in_ranges(
         where, values = ("seq = ?", (start,)) if start == stop else ("seq BETWEEN ? AND ?", (start, stop))
         try:
             rows = old.execute(f"SELECT {names} FROM {table} WHERE {where}", values).fetchall()
-        except sqlite3.DatabaseError:
+        except BROKEN:
             if len(sizes) > 1:
                 yield from _in_ranges(old, table, names, start, stop, sizes[1:])
         else:

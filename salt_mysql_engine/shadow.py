@@ -8,9 +8,6 @@ the end.
 Which tables there are says how far it came, and a cursor that moves in the transaction of each chunk how far within:
 ``mysql_jobcache_new_<table>`` is being filled, ``mysql_jobcache_old_<table>`` is being brought over. So it goes on
 where a ``kill -9`` of anybody stopped it.
-
-Of rows that are one by our key, the one with the earliest time stands, and of these the one that was inserted first; a
-whole return stands before one that Salt trimmed, and a published load before one made of a return.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import blueprint, jsontext, partitions, records, schema
+from . import blueprint, folding, jsontext, partitions, records, schema
 from .blueprint import ARCHIVE
 from .database import Session
 from .errors import EngineError, RowsRejected
@@ -40,11 +37,6 @@ _CHUNK_SECONDS = 0.15
 _CHUNK_FIRST, _CHUNK_LEAST, _CHUNK_MOST = 500, 20, 50_000  # rows
 _NUMBERS_LEFT_FREE = 100_000
 """Of a column that counts itself: what is written to the old table until the RENAME must find its numbers free."""
-_TRIMMED = "'%, \"trimmed\": true}'"
-_TRUE_MOMENT = (
-    "'^20[0-2][0-9](0[1-9]|1[0-2])(0[1-9]|[12][0-9]|3[01])([01][0-9]|2[0-3])[0-5][0-9][0-5][0-9][0-9][0-9][0-9]"
-    "[0-9][0-9][0-9]'"
-)
 
 Report = Callable[[str, int], None]
 """Told of rows of a table that are done."""
@@ -59,7 +51,8 @@ class Shadow:
         self._of = of
         self._kind = kind if of in schema.PARTITIONED and not name.endswith(ARCHIVE) else "none"
         self._new, self._old = NEW + name, OLD + name
-        self._key = "id" if of == "salt_events" else "jid"
+        self._keys = folding.keys_of(of)
+        self._key = self._keys[0]
         self._report = report
 
     async def migrate(self) -> None:
@@ -134,8 +127,8 @@ class Shadow:
         parts = await self._steady.transaction(lambda session: partitions.look(session, self._new))
         if self._kind != "none" and not parts:
             ((first, today),) = await self._steady.rows(
-                f"SELECT (SELECT MIN(LEFT(`jid`, 8)) FROM `{self._name}` WHERE `jid` >= '2' AND `jid` REGEXP "
-                f"{_TRUE_MOMENT}), DATE_FORMAT(UTC_TIMESTAMP(), '%Y%m%d')"
+                f"SELECT (SELECT `jid` FROM `{self._name}` WHERE `jid` >= '2' AND `jid` REGEXP {folding.TRUE_MOMENT} "
+                "ORDER BY `jid` LIMIT 1), DATE_FORMAT(UTC_TIMESTAMP(), '%Y%m%d')"
             )
             days = partitions.layout(self._kind, partitions.day(first or today), partitions.day(today))
             await self._steady.change(f"ALTER TABLE `{self._new}` {partitions.clause(days)}")
@@ -150,66 +143,14 @@ class Shadow:
     async def _copy(self, session: Session, source: str, tables: tuple[Table, Table], where: str) -> int:
         """Rows of ``source`` into the shadow, or into the table itself."""
         target = self._new if source == self._name else self._name
-        return await session.execute(self._insert(source, target, *tables, where))
-
-    def _insert(self, source: str, target: str, have: Table, want: Table, where: str) -> str:
-        columns = blueprint.copied(have, want)
-        values = {column: self._value(column) for column in columns}
-        if self._of == "salt_returns" and "alter_time" not in values:
-            values["alter_time"] = f"CAST({_JID_MOMENT} AS DATETIME(6))"
-        theirs = [column for column in values if column not in (*self._keys, "full_ret", "alter_time")]
-        mine = f"`{target}`"
-        if self._of == "salt_returns":
-            late = f"{values['alter_time']} >= {mine}.`alter_time`"
-            better = (
-                f"IF({mine}.`full_ret` LIKE {_TRIMMED}, `src`.`full_ret` NOT LIKE {_TRIMMED} OR NOT {late}, "
-                f"`src`.`full_ret` NOT LIKE {_TRIMMED} AND NOT {late})"
-            )
-            changes = [
-                f"`{column}` = IF({better}, {values[column]}, {mine}.`{column}`)" for column in [*theirs, "full_ret"]
-            ]
-            # Assigned from left to right: by now full_ret is the one that stands.
-            same = f"{_binary(f'{mine}.`full_ret`')} = {_binary(values['full_ret'])}"
-            changes.append(
-                f"`alter_time` = IF({same}, LEAST({values['alter_time']}, {mine}.`alter_time`), {mine}.`alter_time`)"
-            )
-        elif self._of == "jids":
-            better = f"{_published('`src`')} AND NOT {_published(mine)}"
-            changes = [f"`load` = IF({better}, {values['load']}, {mine}.`load`)"]
-        else:
-            changes = [f"`id` = {mine}.`id`"]
-        listed = ", ".join(f"`{column}`" for column in values)
-        return (
-            f"INSERT INTO {mine} ({listed}) SELECT {', '.join(values.values())} FROM `{source}` AS `src` "
-            f"{self._index_of(have)}WHERE {where} ON DUPLICATE KEY UPDATE {', '.join(changes)}"
-        )
-
-    @property
-    def _keys(self) -> tuple[str, ...]:
-        return ("jid", "id") if self._of == "salt_returns" else (self._key,)
-
-    def _value(self, column: str) -> str:
-        """A column of the old table, as the new one takes it."""
-        definition = blueprint.wanted(self._of).columns.get(column, "")
-        if column == "alter_time" and self._of == "salt_returns":  # a zero date is none
-            return f"CAST(IF(UNIX_TIMESTAMP(`src`.`alter_time`) > 0, `src`.`alter_time`, {_JID_MOMENT}) AS DATETIME(6))"
-        if column == "alter_time" and self._of == "salt_events":
-            return "IF(UNIX_TIMESTAMP(`src`.`alter_time`) > 0, `src`.`alter_time`, '1970-01-01 00:00:01')"
-        if definition.startswith(("LONGTEXT", "VARCHAR")) and "NOT NULL" in definition:
-            return f"COALESCE(`src`.`{column}`, '')"
-        return f"`src`.`{column}`"
-
-    def _index_of(self, table: Table) -> str:
-        """The index to walk along: in its order rows of one jid come as they were inserted."""
-        name = min((name for name, key in table.keys.items() if key.columns[0] == self._key), key=_short, default="")
-        return f"FORCE INDEX (`{name}`) " if name else ""
+        return await session.execute(folding.insert(self._of, source, target, *tables, where))
 
     async def _walk(self, mark: str, source: str, have: Table, want: Table, chunk: Callable[..., Any]) -> None:
         """``chunk`` for one range of the key after another, each in a transaction that also notes how far it came."""
         size = _CHUNK_FIRST
         cursor = await self._cursor(mark)
         past = None if cursor is None or cursor[0] is None else cursor[0]
-        index = self._index_of(have)
+        index = folding.index_of(self._of, have)
         key = f"`src`.`{self._key}`"
         while True:
             began = time.monotonic()
@@ -294,17 +235,18 @@ class Shadow:
             for key in self._keys
         )
         text = {"jids": "load", "salt_returns": "full_ret"}.get(self._of)
-        differs = f" OR {_binary(f'`now`.`{text}`')} <> {_binary(f'`src`.`{text}`')}" if text else ""
+        differs = f" OR {folding.binary(f'`now`.`{text}`')} <> {folding.binary(f'`src`.`{text}`')}" if text else ""
+        index = folding.index_of(self._of, have)
         found = await session.query(
-            f"SELECT {keys}, `now`.`{self._key}` IS NULL FROM `{source}` AS `src` {self._index_of(have)}LEFT JOIN "
-            f"`{self._name}` AS `now` ON {same} WHERE {where} AND (`now`.`{self._key}` IS NULL{differs})"
+            f"SELECT {keys}, `now`.`{self._key}` IS NULL FROM `{source}` AS `src` {index}"
+            f"LEFT JOIN `{self._name}` AS `now` ON {same} WHERE ({where}) AND (`now`.`{self._key}` IS NULL{differs})"
         )
         if not found:
             return
         keyed = [row[:-1] for row in found]
         for start in range(0, len(keyed), MAX_KEYS):
             among = self._among(keyed[start : start + MAX_KEYS])
-            await session.execute(self._insert(source, self._name, *tables, among))
+            await session.execute(folding.insert(self._of, source, self._name, *tables, among))
         if self._of == "jids":
             await self._merge(session, source, [jid for jid, missing in found if not missing])
 
@@ -348,29 +290,6 @@ class Shadow:
     async def _drop(self, table: str) -> None:
         await self._steady.change(f"DROP TABLE `{table}`")
         await self._steady.run(f"DELETE FROM `{STATE}` WHERE `source` IN ({quote(table)}, {quote(f'{table} over')})")
-
-
-_JID = "COALESCE(`src`.`jid`, '')"
-_JID_MOMENT = (
-    # Day by day from the first of the month, which is a date in every month: the 31st of February is no error then.
-    f"IF({_JID} REGEXP {_TRUE_MOMENT}, TIMESTAMPADD(MICROSECOND, SUBSTR({_JID}, 15, 6), TIMESTAMPADD(DAY, "
-    f"SUBSTR({_JID}, 7, 2) - 1, CONCAT(LEFT({_JID}, 4), '-', SUBSTR({_JID}, 5, 2), '-01 ', SUBSTR({_JID}, 9, 2), ':', "
-    f"SUBSTR({_JID}, 11, 2), ':', SUBSTR({_JID}, 13, 2)))), '1970-01-01 00:00:01')"
-)
-"""When a job began, for returns of tables that kept no time."""
-
-
-def _binary(expression: str) -> str:
-    return f"CAST(CONVERT({expression} USING utf8mb4) AS BINARY)"
-
-
-def _published(table: str) -> str:
-    """:func:`records.is_published`, near enough to choose between two loads of one jid."""
-    return f'({table}.`load` LIKE \'%"Minions": %\' OR {table}.`load` LIKE \'%"cmd": "publish"%\')'
-
-
-def _short(name: str) -> tuple[bool, str]:
-    return name == "PRIMARY", name
 
 
 def _parsed(text: str) -> Any:

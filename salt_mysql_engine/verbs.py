@@ -155,7 +155,7 @@ def test_connection(opts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def _test_connection(opts: Mapping[str, Any]) -> dict[str, Any]:
-    from . import schema
+    from . import schema, survey
     from .database import Database
     from .settings import Connection
 
@@ -167,7 +167,7 @@ async def _test_connection(opts: Mapping[str, Any]) -> dict[str, Any]:
         login_seconds = time.perf_counter() - began
         try:
             await schema.ensure(session, create=False, events=False)
-            tables = "as they should be"
+            tables = survey.report(await survey.survey(session), session.host)["is"]
         except OperatorNeeded as exc:
             tables = str(exc)
         return {

@@ -96,7 +96,7 @@ def test_flush_returns_when_what_was_pending_is_in_the_table(tuned: Site) -> Non
 def test_test_connection_says_what_is_there(site: Site) -> None:
     answer = site.master.run("mysql_jobcache.test_connection")
     assert "MariaDB" in answer["version"]
-    assert answer["tables"] == "as they should be"
+    assert answer["tables"] == "ours at version 1"
 
 
 def test_a_wrong_argument_is_answered_with_a_sentence_and_an_exit_code(site: Site) -> None:

@@ -14,15 +14,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "salt_mysql_engine"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-FOLDERS = ("engines", "runners", "returners")
+FOLDERS = ("engines", "runners", "returners", "output")
 
 LAYERS = (
     {"errors", "jsontext", "settings", "tls", "salvage", "journalfile"},
     {"records", "sql", "database", "pillar", "jobcache", "moments", "pool", "steady", "partitions"},
-    {"schema", "rows", "blueprint", "shadow", "backfill", "survey", "purge"},
+    {"schema", "rows", "blueprint", "folding", "shadow", "backfill", "survey", "purge"},
     {"bus", "capture", "journal", "batcher", "verify", "writer", "reconcile", "control", "handoff"},
-    {"migrate", "retention", "pending", "reader"},
-    {"engine", "verbs", "upkeep", "history"},
+    {"migrate", "retention", "pending", "reader", "search"},
+    {"answers", "history"},
+    {"engine", "verbs", "upkeep"},
 )
 """A module imports from its own layer and those before it."""
 

@@ -580,6 +580,7 @@ def damage(content: bytearray, small: list[int], how: str, where: list[tuple[flo
 
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(damages)
+@hypothesis.example(("bytes", [(0.0, 3003, b"\x80")]))  # SQLite's message is no UTF-8 then
 def test_no_damage_keeps_the_journal_from_going_on(
     intact: Path, tmp_path_factory: pytest.TempPathFactory, how: tuple[str, list[tuple[float, int, bytes]]]
 ) -> None:
