@@ -52,7 +52,8 @@ class Answers:
                 yield jid, load_as_cached(waiting.load_over(load) if waiting else load)
             last = page[-1][0]
         for jid, job in pending.items():
-            yield jid, load_as_cached(job.load_over({}))
+            if load := job.load_over({}):
+                yield jid, load_as_cached(load)
 
     def _page(self, after: str) -> list[tuple[str, dict[str, Any]]]:
         return self._ask(lambda db: db.jobs(after)) or []
@@ -63,7 +64,7 @@ class Answers:
         jobs = dict(self._ask(lambda db: db.newest_jobs(count, skip=skip)) or [])
         for jid, job in pending.items():
             load = job.load_over(jobs.get(jid, {}))
-            if not skip or load.get("fun") != skip:
+            if load and (not skip or load.get("fun") != skip):
                 jobs[jid] = load
         newest = sorted(jobs)[-count:] if count > 0 else []
         return [(jid, load_as_cached(jobs[jid])) for jid in newest]

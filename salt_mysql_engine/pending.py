@@ -44,7 +44,8 @@ class PendingJob(NamedTuple):
         """The load that ``jids`` will hold, where ``stored`` (``{}``: no row) stands now."""
         if not stored and self.returns:
             stored = records.synthesised_load(next(iter(self.returns.values())))
-        return records.merged_load(stored or None, self.load) if self.load else stored
+        load = records.merged_load(stored or None, self.load) if self.load else stored
+        return {} if records.is_minions_alone(load) and not stored else load
 
 
 class Pending:

@@ -81,7 +81,7 @@ class Pool:
         self._idle: _Connection | None = None
         self._idle_since = 0.0
         self._closed_until = 0.0
-        self._problem: DatabaseError = ServerUnavailable()
+        self._problem: tuple[type[DatabaseError], str] = ServerUnavailable, ""
 
     def query(self, statement: str, values: Sequence[Any] = ()) -> list[Row]:
         """The rows of a statement. ``values`` stand for its ``%s``; a list becomes one in brackets."""
@@ -140,11 +140,14 @@ class Pool:
         return error
 
     def _leave_alone(self, error: DatabaseError) -> None:
-        self._problem, self._closed_until = error, time.monotonic() + _PAUSE_SECONDS
+        # Not the error itself: its traceback would keep all of its callers' objects until the process ends.
+        self._problem = type(error), str(error)
+        self._closed_until = time.monotonic() + _PAUSE_SECONDS
 
     def _open(self) -> _Connection:
         if time.monotonic() < self._closed_until:
-            raise type(self._problem)(str(self._problem))
+            kind, message = self._problem
+            raise kind(message)
         problems: list[DatabaseError] = []
         to = self._to
         context = tls.context(to)

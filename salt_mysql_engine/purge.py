@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import blueprint, partitions, records, schema
+from . import blueprint, moments, partitions, records, schema
 from .blueprint import ARCHIVE
 from .database import Session
 from .errors import EngineError, RowsRejected
@@ -87,7 +87,7 @@ async def count(session: Session, before: float) -> dict[str, Any]:
         old = (
             f"`alter_time` < '{_moment(before)}'"
             if name == "salt_events"
-            else f"`jid` < '{records.jid_at(before)}' AND {_TRUE_JID}"
+            else f"`jid` < '{moments.jid_at(before)}' AND {_TRUE_JID}"
         )
         ((found[name],),) = await session.query(f"SELECT COUNT(*) FROM `{name}` WHERE {old}")
         if name in schema.PARTITIONED:
@@ -209,7 +209,7 @@ class _Work:
         def select() -> str:
             return (
                 f"SELECT {listed} FROM `{self._name}` WHERE `jid` {relation} {quote(cursor)} "
-                f"AND `jid` < '{records.jid_at(self._before)}' ORDER BY `jid` LIMIT {size}"
+                f"AND `jid` < '{moments.jid_at(self._before)}' ORDER BY `jid` LIMIT {size}"
             )
 
         while True:
@@ -241,7 +241,7 @@ class _Work:
 
     async def _delete_unindexed(self) -> None:
         size = _CHUNK_FIRST
-        old = f"`jid` < '{records.jid_at(self._before)}' AND {_TRUE_JID}"
+        old = f"`jid` < '{moments.jid_at(self._before)}' AND {_TRUE_JID}"
         # Looked for without a lock: the last DELETE would otherwise lock its way through all of the table.
         while await self._steady.rows(f"SELECT 1 FROM `{self._name}` WHERE {old} LIMIT 1"):
             began = time.monotonic()
@@ -296,7 +296,7 @@ class _Work:
 
 
 def _is_before(part: partitions.Partition, before: float) -> bool:
-    return part.below is not None and part.below <= records.jid_at(before)
+    return part.below is not None and part.below <= moments.jid_at(before)
 
 
 def _moment(moment: float) -> str:

@@ -229,7 +229,7 @@ class Reconciler:
         return found, sum(len(each.minions) for each in found)
 
     def _wants(self, job: Job) -> bool:
-        if self.retention_days and job.jid < records.jid_at(time.time() - self.retention_days * 86_400):
+        if self.retention_days and job.jid < moments.jid_at(time.time() - self.retention_days * 86_400):
             return False
         fun = job.load.get("fun", "")
         return not records.is_function(fun) or not self.selection.skips(fun)
@@ -332,9 +332,6 @@ def _says_more(new: bytes, stored: str | None) -> bool:
         return False
     published = records.published_load(event.data)
     return published is not None and jsontext.dumps(records.merged_load(load, published)) != stored
-
-
-parse_since = moments.parse
 
 
 def _moment(seconds: float) -> str:

@@ -327,11 +327,6 @@ def is_jid(text: Any) -> bool:
     return isinstance(text, str) and _JID.fullmatch(text) is not None
 
 
-def jid_at(moment: float) -> str:
-    """The jid of a job that begins then (seconds since the epoch)."""
-    return utc(moment).strftime("%Y%m%d%H%M%S%f")
-
-
 def interpret(event: Opened, captured_at: float, selection: Selection) -> Record | Ignored:
     """The rows that an event becomes, or why it becomes none.
 
@@ -534,6 +529,14 @@ def is_published(load: Mapping[str, Any]) -> bool:
     return ("Minions" in load and "tgt" in load and "id" not in load) or load.get("cmd") == "publish"
 
 
+def is_minions_alone(load: Mapping[str, Any]) -> bool:
+    """Whether a load says no more than whom a syndic's part of a job is for: no row until the job itself is known.
+
+    Salt lets any minion say that of any jid (``_handle_minion_event``, salt/master.py 3006-3008).
+    """
+    return "tgt" not in load
+
+
 def merged_load(stored: Any, new: dict[str, Any]) -> dict[str, Any]:
     """What ``jids`` should hold once ``new``, a published load, arrives and ``stored`` stands there.
 
@@ -542,7 +545,7 @@ def merged_load(stored: Any, new: dict[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(stored, dict):
         return new
-    if "tgt" not in new:  # a syndic's minions, who belong to any load
+    if is_minions_alone(new):
         return {**stored, "Minions": _union(stored.get("Minions"), new["Minions"])}
     merged = {**new, **stored} if is_published(stored) else dict(new)
     for key in ("Minions", "missing"):

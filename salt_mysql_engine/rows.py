@@ -163,7 +163,12 @@ class Rows:
                 published[load.jid] = records.merged_load(published.get(load.jid), load.load)
             elif ret is not None:
                 synthesised.setdefault(ret.jid, ret)
-        new = {jid: records.synthesised_load(ret) for jid, ret in synthesised.items() if jid not in published}
+        alone = {jid for jid, load in published.items() if records.is_minions_alone(load)}
+        new = {
+            jid: records.synthesised_load(ret)
+            for jid, ret in synthesised.items()
+            if jid not in published or jid in alone
+        }
         changed: set[str] = set()
         looked_for = sorted({**published, **new} if "jids" not in self._shape.unique else published)
         stored: dict[str, str] = {}
@@ -172,8 +177,11 @@ class Rows:
             stored.update(reversed(found))  # of several, the first stands
         for jid, load in published.items():
             if jid not in stored:
-                new[jid] = load
-                changed.add(jid)
+                if jid not in alone:
+                    new[jid] = load
+                    changed.add(jid)
+                elif jid in new:
+                    new[jid] = records.merged_load(new[jid], load)
                 continue
             better = records.merged_load(_parsed(stored[jid]), load)
             text = self._text(jsontext.dumps(better))

@@ -53,7 +53,7 @@ def reconcile(opts: Mapping[str, Any], since: Any, show: Callable[[str], None]) 
     Raises:
         EngineError: ``since`` is none of these, or the engine does not do it.
     """
-    from .reconcile import parse_since
+    from .moments import parse as parse_since
 
     moment = None if since is None else parse_since(str(since), time.time())
     before = control.ask(opts, "reconcile", since=moment)["passes"]

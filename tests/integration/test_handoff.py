@@ -160,18 +160,26 @@ async def test_rows_are_those_that_the_bus_would_have_given(database: Scratch, s
     assert "secret" not in json.dumps(ours, default=str)
 
 
-async def test_minions_of_a_syndic_are_added_to_the_load(database: Scratch, shipping: Make, hand: HandOff) -> None:
+async def test_minions_of_a_syndic_are_added_to_the_load_of_a_job_that_is_known(
+    database: Scratch, shipping: Make, hand: HandOff, tmp_path: Path
+) -> None:
     load = {"tgt": "*", "fun": "test.ping", "arg": [], "user": "root", "jid": jid(1), "tgt_type": "glob"}
     hand.published(jid(1), load, ["near"])
     hand.minions(jid(1), ["far-1", "near"])
-    hand.minions(jid(2), ["far-2"])
-    hand.published(jid(2), {**load, "jid": jid(2)}, ["near"])
-    async with shipping("mysql_jobcache", handed_off=True, batch_size=1) as ship:
+    hand.minions(jid(2), ["nobody knows this job"])
+    hand.minions(jid(3), ["far-3"])
+    hand.returned(call_data(jid(3), "near"))
+    async with shipping("mysql_jobcache", handed_off=True) as ship:
+        await ship.drain()
+        hand.minions(jid(1), ["late"])
+        hand.minions(jid(2), ["nobody knows this job"])
+        await ship.until(lambda: pending(tmp_path) == 2)
         await ship.drain()
     loads = {row["jid"]: json.loads(row["load"]) for row in database.rows("jids")}
-    assert sorted(loads[jid(1)]["Minions"]) == ["far-1", "near"]
-    assert sorted(loads[jid(2)]["Minions"]) == ["far-2", "near"]
-    assert loads[jid(2)]["fun"] == "test.ping"
+    assert sorted(loads[jid(1)]["Minions"]) == ["far-1", "late", "near"]
+    assert loads[jid(3)]["Minions"] == ["far-3"]
+    assert loads[jid(3)]["fun"] == "test.ping"
+    assert jid(2) not in loads
 
 
 async def test_the_bus_brings_no_job_then_but_the_chosen_events(database: Scratch, shipping: Make) -> None:

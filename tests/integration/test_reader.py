@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import json
 import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -218,6 +220,21 @@ def test_a_frozen_server_costs_the_connect_timeout_once(database: Scratch, tmp_p
     (its,) = pool._pools.values()
     its._closed_until = 0.0  # half a minute later
     assert reader.minions() == []
+
+
+def test_a_server_that_is_away_keeps_nothing_of_its_callers_alive(database: Scratch, tmp_path: Path) -> None:
+    class Callers:
+        """What a caller has in its hands."""
+
+    def call() -> weakref.ref[Callers]:
+        mine = Callers()
+        with contextlib.suppress(ServerUnavailable):
+            Reader(master(database, tmp_path, **{"mysql.port": 1})).minions()
+        return weakref.ref(mine)
+
+    asked = call()
+    gc.collect()
+    assert asked() is None  # Salt's loaders, for one, must be gone before the interpreter is
 
 
 def test_one_connection_serves_all_questions(database: Scratch, tmp_path: Path) -> None:

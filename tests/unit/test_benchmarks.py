@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import json
 import random
+import types
 
 import pytest
 
+from benchmarks import __main__ as program
 from benchmarks import loader, payloads, report, suites
 from benchmarks.report import Figure, figure, ratio
 from salt_mysql_engine import settings
@@ -79,6 +81,42 @@ def test_the_guard_tells_of_a_guarded_ratio_that_is_worse_by_more_than_a_quarter
     assert report.worse(made(1.26, 1.0), made(1.0, 1.0)) == ["cpu: 1.26, committed 1.00"]
     assert report.worse(made(1.0, 0.79), made(1.0, 1.0)) == ["speed: 0.79, committed 1.00"]
     assert report.worse(made(9.0, 9.0), []) == []
+
+
+class NoBench:
+    """Starts nothing."""
+
+    def __init__(self, *_: object, quick: bool) -> None:
+        self.quick = quick
+        self.said: list[str] = []
+
+    def machine(self) -> str:
+        return "none"
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize(
+    ("measured", "failed"),
+    [
+        ([1.2], []),
+        ([1.3, 1.2], []),
+        ([1.3, 1.4], ["bus, cpu: 1.40, committed 1.00"]),
+    ],
+)
+def test_a_run_fails_only_for_what_is_worse_twice(
+    monkeypatch: pytest.MonkeyPatch, measured: list[float], failed: list[str]
+) -> None:
+    left = list(measured)
+    suite = types.SimpleNamespace(run=lambda _: [Figure(name="cpu", rounds=(left.pop(0),), guarded=True)])
+    monkeypatch.setattr(program, "Bench", NoBench)
+    monkeypatch.setattr(suites, "suite", lambda _: suite)
+    committed = {"full": {}, "quick": {"bus": {"figures": [{"name": "cpu", "rounds": [1.0], "guarded": True}]}}}
+    results, said = program._measure(["bus"], committed, quick=True, compare=True)
+    assert said == failed
+    assert left == []
+    assert results["bus"]["figures"][0]["rounds"] == (measured[-1],)
 
 
 def test_a_figure_comes_back_from_its_json_as_it_was() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from salt_mysql_engine import control, verbs
 from salt_mysql_engine.errors import EngineError
-from salt_mysql_engine.reconcile import Pass, parse_since
+from salt_mysql_engine.moments import parse as parse_since
+from salt_mysql_engine.reconcile import Pass
 
 NOW = 1_700_000_000.0
 OPTS: dict[str, Any] = {"sock_dir": "/nowhere"}
