@@ -16,6 +16,9 @@ ENV := .local/env-$(SALT)
 PY := $(ENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 STAMP := $(ENV)/.installed
+# With a C driver in it saltext.mysql behaves as its users' does, and not as the tests need it.
+BENCH_ENV := .local/bench-$(SALT)
+BENCH_STAMP := $(BENCH_ENV)/.installed
 
 # The server's programs live where ordinary users have no PATH.
 export PATH := $(PATH):/usr/sbin:/usr/local/sbin
@@ -24,7 +27,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 APT_INSTALL := $(APT) install -q -y --no-install-recommends
 
 .DEFAULT_GOAL := help
-.PHONY: help env mariadb lint test test-salt test-faults demo demo-up demo-down bench clean
+.PHONY: help env mariadb drivers lint test test-salt test-faults demo demo-up demo-down bench bench-quick clean
 
 help: ## List the targets
 	@echo "Two to begin with: make demo, make test."
@@ -86,8 +89,30 @@ demo-up: env mariadb ## The same, left running, with the commands to play with
 demo-down: env ## Stop what demo-up left running
 	@$(PY) -m demo down
 
-bench: env mariadb ## Measure rates and compare with the peers
-	$(PY) -m benchmarks
+# mysqlclient comes as source alone.
+drivers: ## Make sure that what the peers of the benchmarks are built with is installed
+	@{ command -v cc && pkg-config --exists libmariadb; } >/dev/null 2>&1 || { \
+	    command -v apt-get >/dev/null || { \
+	        echo "mysqlclient is built from source: a C compiler, pkg-config, Python's and MariaDB's headers are missing." >&2; \
+	        exit 1; \
+	    }; \
+	    echo "Installing what mysqlclient is built with"; \
+	    $(APT) update -q && $(APT_INSTALL) gcc libc6-dev pkg-config libmariadb-dev python3-dev; \
+	}
+
+$(BENCH_STAMP): pyproject.toml Makefile tools/find-python tools/timelib/pyproject.toml | drivers
+	@python=$$(tools/find-python $(SALT)) && "$$python" -m venv --clear $(BENCH_ENV)
+	@echo "Installing $(PIN), this package and its peers into $(BENCH_ENV)"
+	@$(BENCH_ENV)/bin/python -m pip --disable-pip-version-check --quiet install --upgrade pip
+	@$(BENCH_ENV)/bin/python -m pip --quiet install '$(PIN)' ./tools/timelib -e '.[test,bench]'
+	@$(BENCH_ENV)/bin/python -m pip --quiet install --no-deps saltext.mysql==1.1.0
+	@touch $@
+
+bench: $(BENCH_STAMP) mariadb ## Measure everything beside its peers, and write benchmarks/RESULTS.md and the plots (25 minutes)
+	$(BENCH_ENV)/bin/python -m benchmarks --save $(ARGS)
+
+bench-quick: $(BENCH_STAMP) mariadb ## Measure little, and fail where a ratio is worse than the committed one by a quarter (4 minutes)
+	$(BENCH_ENV)/bin/python -m benchmarks --quick $(ARGS)
 
 clean: ## Remove what was built here
 	rm -rf .local build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""A master's job cache with the returns of :mod:`benchmarks.publish` in it, in the layout of Salt's ``local_cache``."""
+"""A master's job cache with the returns of :mod:`benchmarks.payloads`, laid out as Salt's ``local_cache`` does it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import msgpack
 
-from benchmarks.publish import returns
+from benchmarks.payloads import returns
 
 
 def fill(cachedir: Path, first: int, count: int) -> None:

@@ -182,6 +182,8 @@ class MariaDB:
         """Start the server and return once it answers; on failure raise with the tail of its error log."""
         if self.running:
             raise RuntimeError("this MariaDB server is already running")
+        tmpdir = self.directory / "tmp"
+        tmpdir.mkdir(parents=True, exist_ok=True)
         program = find_program("mariadbd")
         self._short.make()
         if not self.datadir.exists():
@@ -194,6 +196,8 @@ class MariaDB:
             f"--socket={self.socket}",
             f"--pid-file={self.directory / 'mariadb.pid'}",
             f"--port={self.port}",
+            # Not the machine's own, where a server that starts clears the temporary tables of others away.
+            f"--tmpdir={tmpdir}",
             *_OPTIONS,
             *self.options,
         ]

@@ -1,6 +1,6 @@
 """The bare subscriber: Salt's own ``set_event_handler`` with a handler that discards everything.
 
-``python -m benchmarks.subscribe CONFIG_DIR``: says ``ready`` once it listens; at the end of its input it
+``python -m benchmarks.workers.subscribe CONFIG_DIR``: says ``ready`` once it listens; at the end of its input it
 prints how many events came and the CPU seconds they took, as JSON.
 """
 

@@ -1,0 +1,1 @@
+"""Processes of the suites, each ``python -m benchmarks.workers.NAME``."""
