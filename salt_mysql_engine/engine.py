@@ -272,7 +272,7 @@ class Engine:
         Raises:
             EngineError: the pillar is wrong; the last good settings stay.
         """
-        await self._reload()
+        await self._reload(anew=True)
         if self._pillar_problem:
             raise EngineError(f"{self._pillar_problem}. The last good settings stay.")
         return self._settings.report()
@@ -402,10 +402,10 @@ class Engine:
             with contextlib.suppress(asyncio.TimeoutError):  # a new interval counts from now
                 await asyncio.wait_for(self._retimed.wait(), self._settings.pillar_refresh_seconds)
 
-    async def _reload(self) -> None:
+    async def _reload(self, *, anew: bool = False) -> None:
         async with self._reloading:
             try:
-                values, problems = settings.parse(await self._own_pillar.options())
+                values, problems = settings.parse(await self._own_pillar.options(anew=anew))
             except SettingsError as exc:
                 values, problems = {}, [str(exc)]
             problem = f"pillar {settings.PILLAR_KEY} of {self._opts['id']}: {'; '.join(problems)}" if problems else ""

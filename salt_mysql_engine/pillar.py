@@ -13,27 +13,35 @@ from .settings import PILLAR_KEY
 
 
 class OwnPillar:
-    """The pillar of the master's own id. Its grains are worked out once: they take longer than the pillar."""
+    """The pillar of the master's own id. Its grains are worked out once: they take longer than the pillar.
+
+    So does making a compiler, some ten times: it is kept while it works, and reads the files anew each time.
+    """
 
     def __init__(self, opts: Mapping[str, Any]) -> None:
         self._opts = dict(opts)
         self._grains: dict[str, Any] | None = None
+        self._compiler: Any = None
 
-    async def options(self) -> dict[str, Any]:
-        """The engine's options; ``{}`` when the pillar has none.
+    async def options(self, *, anew: bool = False) -> dict[str, Any]:
+        """The engine's options; ``{}`` when the pillar has none. ``anew``: by a new compiler, with new modules.
 
         Raises:
             SettingsError: the pillar does not compile, or the key holds no mapping.
         """
-        return dict(await _in_daemon_thread(self._compile))
+        return dict(await _in_daemon_thread(lambda: self._compile(anew=anew)))
 
-    def _compile(self) -> dict[str, Any]:
+    def _compile(self, *, anew: bool) -> dict[str, Any]:
         master = self._opts["id"]
         try:
+            if anew:
+                self._forget()
             compiled = self._compiled(master)
         except (Exception, SystemExit) as exc:  # any renderer and any external pillar can raise anything
+            self._forget()
             raise SettingsError(f"the pillar of {master} does not compile: {type(exc).__name__}: {exc}") from exc
         if compiled.get("_errors"):
+            self._forget()
             raise SettingsError(f"the pillar of {master} does not compile: {'; '.join(map(str, compiled['_errors']))}")
         given = compiled.get(PILLAR_KEY) or {}
         if not isinstance(given, Mapping):
@@ -46,14 +54,16 @@ class OwnPillar:
 
         if self._grains is None:
             self._grains = {**salt.loader.grains(copy.deepcopy(self._opts)), "id": master}
-        # Pillar() writes into its opts, and get_pillar() would give 3008's cache instead of the compiler.
-        compiler = salt.pillar.Pillar(copy.deepcopy(self._opts), copy.deepcopy(self._grains), master, "base")
-        try:
-            return dict(compiler.compile_pillar())
-        finally:
-            destroy = getattr(compiler, "destroy", None)
-            if destroy is not None:
-                destroy()
+        if self._compiler is None:
+            # Pillar() writes into its opts, and get_pillar() would give 3008's cache instead of the compiler.
+            self._compiler = salt.pillar.Pillar(copy.deepcopy(self._opts), copy.deepcopy(self._grains), master, "base")
+        return dict(self._compiler.compile_pillar())
+
+    def _forget(self) -> None:
+        compiler, self._compiler = self._compiler, None
+        destroy = getattr(compiler, "destroy", None)
+        if destroy is not None:
+            destroy()
 
 
 async def _in_daemon_thread(function: Any) -> Any:
