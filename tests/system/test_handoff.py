@@ -23,6 +23,7 @@ from tests.support.syndic import SaltSyndic
 from tests.system import test_jobs
 from tests.system.conftest import ENGINE, PATIENCE, Site, ended
 from tests.system.test_fault_forgery import VICTIM, attacker, forged, ret, unknown_jid
+from tests.system.test_faults import SERIES
 from tests.system.test_jobs import WHEEL, output_of
 
 HANDED_OFF = {
@@ -359,6 +360,38 @@ def test_without_an_engine_jobs_go_on_and_the_journal_keeps_them_until_there_is_
         assert site.database.sql("SELECT COUNT(*) FROM salt_returns WHERE fun = 'test.echo'") == [(3,)]
 
 
+def test_what_a_syndic_passes_up_belongs_to_its_job(site: Site) -> None:
+    jid = test_jobs.publish(site, "*", "test.echo", "everywhere")
+    site.returned(jid, "alpha", "beta")
+    load = {
+        "jid": jid,
+        "tgt": "*",
+        "tgt_type": "glob",
+        "fun": "test.echo",
+        "arg": ["everywhere"],
+        "ret": "",
+        "user": "x",
+    }
+    up = {"jid": jid, "id": "lower", "master_id": "lower", "fun": "test.echo", "fun_args": ["everywhere"], "load": load}
+    answer = {"return": "from below", "retcode": 0, "success": True}
+    with attacker(site.master) as syndic:  # of a real one's messages, the two that the job cache gets something of
+        syndic.fire(f"salt/job/{jid}/new", {"jid": jid, "minions": ["gamma", "delta"]})
+        syndic.fire("", {}, cmd="_syndic_return", load=[{**up, "return": {"gamma": answer}}])
+    (site.master.directory / "pki" / "minions" / "mallory").unlink()
+    row = site.returned(jid, "alpha", "beta", "gamma")["gamma"]
+    assert (row["return"], row["success"], row["fun"]) == ('"from below"', "1", "test.echo")
+    assert json.loads(row["full_ret"])["master_id"] == "lower"
+    shipped(site)
+    stored = json.loads(site.load(jid) or "")
+    assert (stored["user"], sorted(stored["Minions"])) == ("root", ["alpha", "beta", "delta", "gamma"])
+    (missing,) = values(asked(site, runner("jobs.lookup_jid", jid, missing=True, returned=False)))
+    assert missing == {"delta": "Minion did not return"}
+
+
+@pytest.mark.smoke
+@pytest.mark.skipif(
+    SERIES >= 3008, reason="salt-syndic 3008.3 cannot pass returns up: 'str' object has no attribute 'done'"
+)
 def test_a_syndics_minions_are_among_those_of_the_job_and_their_returns_in_the_tables(
     make_site: Callable[..., Site],
 ) -> None:
