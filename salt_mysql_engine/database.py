@@ -50,7 +50,8 @@ _ROW_ERRORS = frozenset(
 
 _GRANT = "grant the user SELECT, INSERT, UPDATE (and CREATE with schema: create) on the database"
 _REMEDIES = {
-    ER.ACCESS_DENIED_ERROR: "check mysql.user and mysql.pass in the master config",
+    ER.ACCESS_DENIED_ERROR: "check mysql.user and mysql.pass in the master config, and whether the account "
+    "is for this address, or demands TLS",
     ER.DBACCESS_DENIED_ERROR: _GRANT,
     ER.BAD_DB_ERROR: "create the database, or correct mysql.db in the master config",
     ER.TABLEACCESS_DENIED_ERROR: _GRANT,

@@ -442,6 +442,7 @@ class Engine:
         if self._reconciler is not None:
             self._reconciler.selection = selection
             self._reconciler.retention_days = new.retention_days
+            self._reconciler.partitions = new.partitions
             self._reconciler.create_tables = new.schema == "create"
             self._reconciler.retime(new.reconcile_interval_seconds)
         self._retention.days, self._retention.archive = new.retention_days, new.archive

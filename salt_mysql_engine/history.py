@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from . import jsontext, moments, records, search
 from .errors import DatabaseError, EngineError
 from .pending import Pending, PendingJob
-from .reader import Reader, load_as_cached, parsed
+from .reader import OF_MASTER, Reader, load_as_cached, parsed
 
 MOST_ROWS = 1000
 MOST_MINIONS = 100
@@ -242,6 +242,8 @@ def failures(opts: Mapping[str, Any], *, since: Any = "24h", limit: Any = 50) ->
 
 def reason(value: Any) -> str:
     """A line that says why a return failed: the states that did, the last line of a traceback, else the first line."""
+    if isinstance(value, dict) and "return" in value and str(value.get("fun")).startswith(OF_MASTER):
+        return reason(value["return"])  # a runner's or wheel's row holds its whole event
     if isinstance(value, dict) and value:
         states = [(name, its) for name, its in value.items() if isinstance(its, dict) and "result" in its]
         bad = [(name, its) for name, its in states if its["result"] is False]
@@ -263,10 +265,15 @@ def _line_of(text: str) -> str:
     return line if len(line) <= _REASON_CHARACTERS else line[: _REASON_CHARACTERS - 3] + "..."
 
 
+def _after(start: datetime.datetime, at: datetime.datetime) -> float:
+    """Seconds; tables of an older shape keep whole ones, so that an answer can seem to come before its job."""
+    return max(0.0, (at.replace(tzinfo=datetime.timezone.utc) - start).total_seconds())
+
+
 def _durations(jid: str, answers: Sequence[datetime.datetime | None]) -> dict[str, float | None]:
     """Seconds from a job's start to its first and to its last answer."""
     start = moments.of_jid(jid)
-    seconds = [(at.replace(tzinfo=datetime.timezone.utc) - start).total_seconds() for at in answers if at and start]
+    seconds = [_after(start, at) for at in answers if at and start]
     return {
         "first_answer_after_seconds": round(min(seconds), 3) if seconds else None,
         "last_answer_after_seconds": round(max(seconds), 3) if seconds else None,

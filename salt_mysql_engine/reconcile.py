@@ -102,6 +102,7 @@ class Reconciler:
         self.interval = 600.0
         """Seconds between passes of the timer; 0 for none."""
         self.create_tables = True
+        self.partitions = "none"
         self.retention_days = 0.0
         """Older jobs (0: none) were deleted from the tables, and stay away."""
         self.passes = 0
@@ -186,7 +187,11 @@ class Reconciler:
         session: Session | None = None
         try:
             session = await self._database.open()
-            await schema.ensure(session, create=self.create_tables, events=False)
+            created, _ = await schema.ensure(
+                session, create=self.create_tables, events=False, partitions=self.partitions
+            )
+            if created:
+                log.warning("Created the tables %s in the database at %s", ", ".join(created), session.host)
         except DatabaseError:
             if session is not None:
                 session.close()

@@ -156,16 +156,23 @@ def _setting(opts: Mapping[str, Any], name: str) -> Any:
     """A setting of the running engine, which the pillar may have changed; else that of the master config.
 
     Raises:
-        EngineError: the engine does not run, and the master config is wrong.
+        EngineError: the engine does not run, and the master config is wrong; or it runs with another one.
     """
+    values, problems = settings.parse(settings.of_master(opts))
     try:
-        return control.ask(opts, "status")["settings"][name]["value"]
+        running = control.ask(opts, "status")["settings"][name]
     except ControlError:
-        values, problems = settings.parse(settings.of_master(opts))
         wrong = [problem for problem in problems if problem.startswith(f"{name}:")]
         if wrong:
             raise EngineError(f"the master config: {wrong[0]}") from None
         return values.get(name, settings.OPTIONS[name].default)
+    of_config = running.get("source") in (settings.Source.MASTER_CONFIG.value, settings.Source.DEFAULT.value)
+    if of_config and name in values and running["value"] != values[name]:
+        raise EngineError(
+            f"{name} is {values[name]!r} in the master config, but {running['value']!r} for the running engine, which "
+            "read it before; restart salt-master first"
+        )
+    return running["value"]
 
 
 def _flag(name: str, value: Any) -> bool:

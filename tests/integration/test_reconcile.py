@@ -430,3 +430,15 @@ async def test_tables_that_are_missing_are_created_by_the_first_who_needs_them(
         reconciler = ship.reconciler
         reconciler.ask("request", 0.0)
         await ship.until(lambda: reconciler.now is not None and "there is no table" in reconciler.now.error)
+
+
+async def test_tables_that_a_pass_makes_have_the_partitions_that_were_asked_for(
+    database: Scratch, shipping: Make, tmp_path: Path
+) -> None:
+    async with shipping(cachedir=tmp_path / "cache", reconcile=True, paused=True, partitions="month") as ship:
+        await ship.reconcile()
+    parts = database.sql(
+        "SELECT COUNT(*) FROM information_schema.PARTITIONS WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = 'jids'"
+        " AND PARTITION_NAME IS NOT NULL"
+    )
+    assert parts[0][0] >= 3

@@ -94,6 +94,7 @@ class Shipping:
         self.writer = Writer(self.journal, self._in_journal, self.verifier, self.database, selection, limits)
         self.writer.create_tables = chosen.schema == "create"
         self.writer.store_events = bool(chosen.events)
+        self.writer.partitions = chosen.partitions
         self.capture = Capture(self.journal, self._in_journal, selection, on_append=self.writer.announce)
         self._handed_off = handed_off
         if handed_off:
@@ -112,6 +113,7 @@ class Shipping:
                 on_append=self.writer.announce,
             )
             self.reconciler.create_tables = self.writer.create_tables
+            self.reconciler.partitions = chosen.partitions
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._cache_thread = concurrent.futures.ThreadPoolExecutor(1)
         self._paused = paused
