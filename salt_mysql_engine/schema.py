@@ -119,18 +119,20 @@ async def ensure(session: Session, *, create: bool, events: bool, partitions: st
     """Makes sure that the tables can be written to; gives the names of those that were created, and the shape of all.
 
     ``create`` creates missing tables, with ``partitions`` (``day``, ``week``, ``month``) in parts, else they are an
-    error. ``salt_events`` matters only when ``events`` are stored.
+    error. A missing ``salt_events`` matters only when ``events`` are stored.
 
     Raises:
         OperatorNeeded: what is missing that nothing can be written without.
     """
     wanted = [name for name in TABLES if events or name != "salt_events"]
     tables = await look(session)
-    created = [name for name in wanted if name not in tables]
-    if created and create:
+    created: list[str] = []
+    if create and any(name not in tables for name in wanted):
+        # All of them, since what reads the tables (Alcali) wants to find salt_events, if only empty.
+        created = [name for name in TABLES if name not in tables]
         for name in created:
             await create_table(session, name, partitions)
-        if len(created) == len(wanted):  # nobody was here before
+        if len(created) == len(TABLES):  # nobody was here before
             await record(session, *sections())
         tables = await look(session)
     problems = [_problem(name, tables.get(name)) for name in wanted]

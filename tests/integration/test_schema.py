@@ -43,10 +43,14 @@ async def test_an_empty_database_gets_our_tables_and_their_version(database: Scr
     assert await schema.ensure(session, create=True, events=True) == ([], shape)
 
 
-async def test_tables_of_a_job_alone_are_made_where_no_events_are_stored(database: Scratch, session: Session) -> None:
+async def test_a_new_database_gets_all_tables_and_an_old_one_its_events_only_when_they_are_stored(
+    database: Scratch, session: Session
+) -> None:
     created, shape = await schema.ensure(session, create=True, events=False)
-    assert created == ["jids", "salt_returns"]
+    assert created == ["jids", "salt_returns", "salt_events"]
     assert (shape.unique, shape.event_key) == ({"jids", "salt_returns"}, False)
+    database.sql("DROP TABLE salt_events")
+    assert (await schema.ensure(session, create=True, events=False))[0] == []
     created, shape = await schema.ensure(session, create=True, events=True)
     assert created == ["salt_events"]
     assert shape.event_key
