@@ -112,7 +112,8 @@ class FakeSession:
         text = statement.decode() if isinstance(statement, bytes) else statement
         found = literals(text)
         if text.startswith("INSERT INTO `jids`"):
-            return sum(self._insert(self._store.loads, self._loads, job, load) for job, load in pairs(found))
+            rows = [found[start : start + 5] for start in range(0, len(found), 5)]
+            return sum(self._insert(self._store.loads, self._loads, job, load) for job, load, *_ in rows)
         if text.startswith("INSERT INTO `salt_returns`"):
             rows = [found[start : start + 7] for start in range(0, len(found), 7)]
             if any(self._store.refuses in row[3] for row in rows):
@@ -123,7 +124,7 @@ class FakeSession:
                 inserted += self._insert(self._store.returns, self._returns, (job, minion), (value, full))
             return inserted
         if text.startswith("UPDATE `jids`"):
-            self._loads[found[1]] = found[0]
+            self._loads[found[-1]] = found[0]
             return 1
         if text.startswith("UPDATE `salt_returns`"):
             self._returns[found[2], found[3]] = (found[0], found[1])
