@@ -31,6 +31,8 @@ class Answers:
     def load(self, jid: str) -> dict[str, Any]:
         """The job as it was published, and for whom; ``{}`` for an unknown one."""
         pending = self._pending.job(jid)
+        if _is_whole(pending.load):  # the question of every `salt` command, which waits for no database then
+            return load_as_cached(pending.load_over({}))
         return load_as_cached(pending.load_over(self._ask(lambda db: db.load(jid)) or {}))
 
     def returns(self, jid: str) -> dict[str, dict[str, Any]]:
@@ -102,3 +104,8 @@ class Answers:
         except EngineError as exc:
             warn(f"The database does not answer, and what it holds is missing here: {exc}")
             return None
+
+
+def _is_whole(load: Mapping[str, Any]) -> bool:
+    """Whether a publish in the journal is all of its job's. The parts of a batch (3008) are lists, and add up."""
+    return bool(load.get("Minions")) and records.is_published(load) and load.get("tgt_type") != "list"
