@@ -18,6 +18,7 @@ import hashlib
 import heapq
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 MAX_FILE_BYTES = 64 * 1024 * 1024
 """A larger value would not fit into any row; it is treated as not there."""
 
+_NEW_SECONDS = 1.0
+"""For so long ``out.p`` may follow ``return.p`` (``returner``, salt/returners/local_cache.py 3006-3008)."""
 _ATOMIC_WRITE = ".___atomic_write"
 _OF_LOAD = ("fun", "user")
 
@@ -109,6 +112,8 @@ class JobCache:
             out = _read(f"{minion}/out.p", job.fd)
             if out is not None:
                 cached["out"] = out
+            elif _is_new(f"{job.path}/{minion}/return.p"):
+                return None  # its out.p may be on its way
         return _as_cached(data, cached, load or {})
 
     def present(self, keys: Iterable[tuple[str, str]]) -> list[bool]:
@@ -266,6 +271,11 @@ def _return(minion: str, job: _OpenJob) -> dict[str, Any] | None:
             if cached is None and entry.name.startswith(_ATOMIC_WRITE):
                 cached = _read(entry.path)
     return cached if isinstance(cached, dict) and "return" in cached else None
+
+
+def _is_new(path: str) -> bool:
+    changed_at = _changed_at(path)
+    return changed_at is not None and changed_at > time.time() - _NEW_SECONDS
 
 
 def _as_cached(data: dict[str, Any], cached: Mapping[str, Any], load: Mapping[str, Any]) -> dict[str, Any]:

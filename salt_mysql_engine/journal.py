@@ -525,6 +525,7 @@ class Journal:
         if free <= max(_KEEP_FREE_PAGES, self.used_bytes // PAGE_BYTES // 4):
             return False
         self._db.execute(f"PRAGMA incremental_vacuum({_GIVE_BACK_PAGES})").fetchall()
+        self._empty_log()
         return True
 
     def _drop_older_than(self, moment: float) -> None:
@@ -620,12 +621,17 @@ class Journal:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
-        if journalfile.wal_bytes(self.path) >= journalfile.WAL_BYTES and time.monotonic() >= self._checkpoint_at:
-            self._checkpoint_at = time.monotonic() + _CHECKPOINT_AGAIN_SECONDS
-            try:
-                journalfile.checkpoint(self._db, timeout=_TIMEOUT)
-            except sqlite3.Error as exc:  # a full disk, say: what was committed is in the log
-                log.debug("The journal's log cannot be brought back now: %s", exc)
+        if time.monotonic() >= self._checkpoint_at:
+            self._empty_log()
+
+    def _empty_log(self) -> None:
+        if journalfile.wal_bytes(self.path) < journalfile.WAL_BYTES:
+            return
+        self._checkpoint_at = time.monotonic() + _CHECKPOINT_AGAIN_SECONDS
+        try:
+            journalfile.checkpoint(self._db, timeout=_TIMEOUT)
+        except sqlite3.Error as exc:  # a full disk, say: what was committed is in the log
+            log.debug("The journal's log cannot be brought back now: %s", exc)
 
     @contextlib.contextmanager
     def _snapshot(self) -> Any:

@@ -24,6 +24,7 @@ from tests.unit import values
 
 MASTER = "master1"
 JID, OTHER = "20260102030405000006", "20260102030405000007"
+LONG_AGO = 1767323045.25
 STAMP = "2026-01-02T03:04:05.000006"
 TRIMMED = records.TRIMMED
 SELECTION = records.Selection(settings.combine({}, {}), master_id=MASTER)
@@ -145,7 +146,7 @@ def test_a_return_that_says_something_else_is_corrected_to_what_the_cache_holds(
     cache: Cache, forged: dict[str, Any]
 ) -> None:
     cache.job(JID, load_of(), ["web1"])
-    cache.returned(JID, "web1", {"x": 1}, retcode=0, success=True)
+    cache.returned(JID, "web1", {"x": 1}, retcode=0, success=True, at=LONG_AGO)
     said = cache.confirm(RETURN, {**return_data(value={"x": 1}), **forged})
     assert said == return_data(value={"x": 1})
     assert {key: type(value) for key, value in said.items()} == {
@@ -155,9 +156,16 @@ def test_a_return_that_says_something_else_is_corrected_to_what_the_cache_holds(
 
 def test_what_the_cache_does_not_say_of_a_return_is_not_taken_from_the_event(cache: Cache) -> None:
     cache.job(JID, load_of(), ["web1"])
-    cache.returned(JID, "web1", 1)
+    cache.returned(JID, "web1", 1, at=LONG_AGO)
     said = cache.confirm(RETURN, return_data(value=1, out="forged", retcode=5, success=False))
     assert not {"out", "retcode", "success"} & said.keys()
+
+
+def test_a_return_whose_outputter_may_be_on_its_way_is_waited_for(cache: Cache) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", 1, retcode=0, success=True)  # Salt writes out.p after it
+    assert cache.confirm(RETURN, return_data(value=1, out="highstate")) is None
+    assert cache.confirm(RETURN, return_data(value=1)) == return_data(value=1)
 
 
 def test_the_outputter_comes_from_its_own_file(cache: Cache) -> None:
