@@ -826,7 +826,7 @@ REFUSALS = (
     ),
     Refusal(
         "missing table of events with schema: check",
-        "SELECT 1",
+        "DROP TABLE `{db}`.salt_events",
         schema.statements()["salt_events"].replace("`salt_events`", "`{db}`.`salt_events`"),
         "no table salt_events; use schema: create, or create it",
         {"schema": "check", "events": ["*"]},
