@@ -14,7 +14,7 @@ matplotlib.rcParams["svg.hashsalt"] = "mysql_jobcache"  # the same figures make 
 
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice above)
 
-from benchmarks.report import Figure, figure, number  # noqa: E402
+from benchmarks.report import Figure, figure, number  # noqa: E402 (as above)
 
 _OURS, _THEIRS = "#2a6fbb", "#b5b5b5"
 

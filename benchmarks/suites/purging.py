@@ -140,6 +140,7 @@ class _Statements:
         self.seconds = time.monotonic() - began
 
     def _step(self, connection: Any, cursor: Any) -> None:
+        """One round of what this client does, timed; each kind of client has its own."""
         raise NotImplementedError
 
     def _timed(self, work: Callable[[], Any]) -> Any:
