@@ -138,7 +138,7 @@ async def test_what_is_in_the_journal_and_what_is_in_mysql_are_one_answer(
         await ship.ship(published(jid(1), ["web1"]), returned(jid(1), "web1", "stored"), returned(jid(2), "web9"))
     async with shipping("mysql_jobcache", paused=True) as ship:
         await ship.take(
-            published(jid(1), ["web2"]),
+            published(jid(1), ["web2"], tgt_type="list", tgt=["web2"]),  # as 3008 publishes the parts of a batch
             returned(jid(1), "web1", "late"),
             returned(jid(1), "web2", "pending"),
             published(jid(3), ["web1"], fun="saltutil.find_job"),
