@@ -29,6 +29,20 @@ _ROW_LOCK_SECONDS = 5
 _REOPEN_SECONDS = 30
 """A server may take as long to notice that the connection before this one, which holds the lock, is gone."""
 _BACKOFF_FIRST, _BACKOFF_MAX = 0.1, 5.0  # seconds
+_DONE_ALREADY = {
+    "ALTER": {
+        1060,  # ER_DUP_FIELDNAME
+        1061,  # ER_DUP_KEYNAME
+        1091,  # ER_CANT_DROP_FIELD_OR_KEY
+        1505,  # ER_PARTITION_MGMT_ON_NONPARTITIONED
+        1507,  # ER_DROP_PARTITION_NON_EXISTENT
+        1517,  # ER_SAME_NAME_PARTITION
+    },
+    "CREATE": {1050},  # ER_TABLE_EXISTS_ERROR
+    "DROP": {1051, 4092},  # ER_BAD_TABLE_ERROR, ER_UNKNOWN_VIEW (MariaDB)
+    "RENAME": {1050, 1146},  # ER_NO_SUCH_TABLE
+}
+"""What a server says of a change that it is asked for once more, having made it: by the statement's first word."""
 
 
 class Busy(EngineError):
@@ -100,14 +114,25 @@ class Steady:
 
     async def change(self, statement: str) -> None:
         """A change of a table, however long it takes. It waits a second at most for those that use the table now, who
-        would make everybody after it wait too, and is tried again."""
+        would make everybody after it wait too, and is tried again. When the answer of a try was lost, the next one may
+        find it done."""
+        answer_lost = False
 
         async def work(session: Session) -> None:
+            nonlocal answer_lost
             usual, session.statement_timeout = session.statement_timeout, _CHANGE_SECONDS
-            await session.execute(statement)
+            try:
+                await session.execute(statement)
+            except ServerUnavailable:
+                answer_lost = True
+                raise
             session.statement_timeout = usual
 
-        await self.transaction(work)
+        try:
+            await self.transaction(work)
+        except DatabaseError as exc:
+            if not answer_lost or number_of(exc) not in _DONE_ALREADY[statement.split()[0]]:
+                raise
 
     async def rows(self, statement: str) -> list[tuple[Any, ...]]:
         """A transaction of one query."""

@@ -21,6 +21,7 @@ from salt_mysql_engine.upkeep import EngineError
 from tests.support import migrator
 from tests.support.mariadb import MariaDB, accepts, wait_until
 from tests.support.oldtables import MAKERS, add_job, add_return, load_of, make_2014, make_saltext, opts_of
+from tests.support.proxy import Proxy
 from tests.support.scratch import Scratch, scratch
 from tests.support.shipping import Shipping, jid, published, returned
 
@@ -610,6 +611,18 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(server: MariaDB, tmp_pa
         assert process.returncode == 0, output
         migrate(opts)
         assert returns(database) == values
+
+
+@pytest.mark.parametrize("change", ["CREATE TABLE", "ALTER TABLE", "ADD KEY", "RENAME TABLE", "DROP TABLE"])
+def test_a_change_whose_answer_was_lost_is_found_done(database: Scratch, tmp_path: Path, change: str) -> None:
+    make_2014(database)
+    values = fill(database, 50)
+    with Proxy(database.server.host, database.server.port) as proxy:
+        opts = opts_of(database, tmp_path, partitions="month") | {"mysql.port": proxy.port}
+        proxy.lose_answer(to=change.encode(), times=1)
+        migrate(opts)
+        assert proxy.lost == 1
+    assert returns(database) == values
 
 
 def test_a_rename_that_was_done_by_half_is_done_whole(database: Scratch, opts: Opts) -> None:
