@@ -26,7 +26,8 @@ _PAUSE_SECONDS = 30.0
 """How long a server that did not answer is left alone."""
 
 _SESSION_SETTINGS = (
-    "SET SESSION sql_mode = 'NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'",
+    "SET SESSION sql_mode = 'NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00', "
+    f"SESSION group_concat_max_len = {4 << 20}",
     "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import pool, records
@@ -23,6 +23,12 @@ _LAST = frozenset({"_stamp", "user", "fun"})
 """With these end what it adds to: an event of the bus, a job of the master's, a return of salt-ssh."""
 OF_MASTER = ("runner.", "wheel.")
 """So begin the functions of jobs that the master itself does."""
+
+_WORTH_REMEMBERING = 4096
+"""Characters of ``full_ret`` up to which what minions say alike is remembered: longer ones are seldom alike, and would
+all be in memory twice."""
+_TRIES = 40
+"""Returns after which it is given up when hardly one was as another."""
 
 # json.loads() and its like take half as long again around the same C function.
 _scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined] # typeshed lists only what has a page
@@ -56,8 +62,10 @@ class Reader:
 
     def returns(self, jid: str) -> dict[str, dict[str, Any]]:
         """What each minion answered, as the local cache gives it: ``{minion: {"return": ..., ...}}``."""
-        rows = self.query("SELECT `id`, `full_ret` FROM `salt_returns` WHERE `jid` = %s", jid)
-        answers = {minion: as_cached(text) for minion, text in rows}
+        rows = self._in_one_row(jid)
+        if rows is None:
+            rows = self.query("SELECT `id`, `full_ret` FROM `salt_returns` WHERE `jid` = %s", jid)
+        answers = all_as_cached(rows)
         if len(answers) == len(rows):
             return answers
         # No key kept a second return of a minion out: the first one stands.
@@ -65,6 +73,25 @@ class Reader:
             rows = self.query("SELECT `id`, `full_ret`, `alter_time` FROM `salt_returns` WHERE `jid` = %s", jid)
             rows.sort(key=lambda row: (row[2] is None, row[2]))
         return {minion: as_cached(text) for minion, text, *_ in reversed(rows)}
+
+    def _in_one_row(self, jid: str) -> list[pool.Row] | None:
+        """``id`` and ``full_ret`` of a job's rows, put together by the server: PyMySQL takes most of its time for each
+        row, so this takes half as long as the plain SELECT. ``None`` where it may not be the same."""
+        ((count, *sizes, minions, returns),) = self.query(
+            "SELECT COUNT(*), SUM(LENGTH(`id`)), SUM(LENGTH(`full_ret`)), GROUP_CONCAT(`id` SEPARATOR '\\0'), "
+            "GROUP_CONCAT(`full_ret` SEPARATOR '\\0') FROM `salt_returns` WHERE `jid` = %s",
+            jid,
+        )
+        if not count:
+            return []
+        columns: list[list[str]] = []
+        for size, text in zip(sizes, (minions, returns), strict=True):
+            # The size is another where a value is NULL or in another character set, or where all of them were cut at
+            # group_concat_max_len; and the number of values where one of them has a \0.
+            if not isinstance(text, str) or len(text.encode()) != size + count - 1:
+                return None
+            columns.append(text.split("\0"))
+        return list(zip(*columns, strict=True)) if [len(column) for column in columns] == [count, count] else None
 
     def jobs(self, after: str = "") -> list[tuple[str, dict[str, Any]]]:
         """A page of jobs by jid, those after ``after``: jid and stored load. An empty one is the last."""
@@ -148,6 +175,45 @@ def as_cached(full_ret: str) -> dict[str, Any]:
     if next(reversed(ret)) not in _ADDED:
         return {key: ret[key] for key in _KEPT if key in ret}
     return {key: ret[key] for key in _KEPT if key in ret and key not in _added(ret)}
+
+
+def all_as_cached(returns: Sequence[pool.Row]) -> dict[str, dict[str, Any]]:
+    """:func:`as_cached` of rows of ``id`` and ``full_ret``, by ``id``. What several minions say alike is parsed once,
+    which takes a third of the time for a job that most answer with the same value."""
+    answers: dict[str, dict[str, Any]] = {}
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+    parsed_ones = 0
+    for minion, full_ret in returns:
+        shared = _shared(full_ret) if 2 * parsed_ones <= _TRIES + len(answers) else None
+        answer = known.get(shared) if shared else None
+        if answer is None:
+            parsed_ones += 1
+            answer = as_cached(full_ret)
+            # Not what could be changed in one answer and so in all of them, nor a text that is no JSON: all of it, with
+            # the minion's own, is the answer.
+            if shared and answer["return"] is not full_ret and not any(map(_is_container, answer.values())):
+                known[shared] = answer
+        answers[minion] = answer.copy()
+    return answers
+
+
+def _shared(full_ret: str) -> tuple[str, str, str] | None:
+    """A return's text around what it has of its own, the values of the first ``id`` and ``_stamp``; ``None`` where they
+    cannot be told. Texts that agree in this are both JSON or both none, and say the same but for these two values."""
+    if len(full_ret) > _WORTH_REMEMBERING:
+        return None
+    # In JSON both marks can only be (the end of) a key and the begin of its value: a quote within a text has a
+    # backslash before it.
+    before, _, rest = full_ret.partition('"id": "')
+    minion, _, rest = rest.partition('"')
+    between, found, rest = rest.partition('"_stamp": "')
+    stamp, _, after = rest.partition('"')
+    own = minion + stamp
+    return (before, between, after) if found and "\\" not in own and own.isprintable() else None
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (dict, list))
 
 
 def _added(ret: dict[str, Any]) -> set[str]:

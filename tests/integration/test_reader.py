@@ -21,7 +21,7 @@ import pytest
 from salt_mysql_engine import pending, pool, schema
 from salt_mysql_engine.answers import Answers
 from salt_mysql_engine.errors import DatabaseError, OperatorNeeded, ServerUnavailable
-from salt_mysql_engine.reader import Reader
+from salt_mysql_engine.reader import Reader, as_cached
 from tests.support.asking import ask, returner, values
 from tests.support.mariadb import LOOPBACK, MariaDB, free_port, wait_until
 from tests.support.oldtables import MAKERS
@@ -428,6 +428,37 @@ def fill_old(database: Scratch) -> None:
                     "VALUES (%s, %s, %s, %s, '1', %s)",
                     fun, jid(number), json.dumps(value), minion, json.dumps(ret),
                 )  # fmt: skip
+
+
+ODD_VALUES = {
+    "plain": ["true", '"gr\u00fcn \U0001f9c2"', "[1, null]"],
+    "with zero bytes": ["true", '"a\0b"', '"\0"', "\0"],
+    "as zero bytes alone": ["", "\0", ""],
+    "long": [json.dumps("x" * 3_000_000), json.dumps("\u00fc" * 1_500_000)],
+    "one": ["true"],
+}
+
+
+@pytest.mark.parametrize("values_of", ODD_VALUES)
+@pytest.mark.parametrize("charset", ["utf8mb4", "latin1", "utf8mb3", "utf16"])
+@pytest.mark.parametrize("ids", [["web1", "web2", "web3"], ["", "a\0b", "\u00fc"]], ids=["ids", "odd ids"])
+def test_returns_of_any_text_are_those_of_their_rows(
+    database: Scratch, tmp_path: Path, values_of: str, charset: str, ids: list[str]
+) -> None:
+    make_tables(database)
+    database.sql(f"ALTER TABLE salt_returns MODIFY full_ret LONGTEXT CHARACTER SET {charset} NOT NULL")
+    stored = [value for value in ODD_VALUES[values_of] if charset in ("utf8mb4", "utf16") or "\U0001f9c2" not in value]
+    rows = dict(zip(ids, (f'{{"return": {value}}}' for value in stored), strict=False))
+    for minion, text in rows.items():
+        database.sql(
+            "INSERT INTO salt_returns (fun, jid, `return`, id, success, full_ret) VALUES ('f', %s, '', %s, '1', %s)",
+            jid(1),
+            minion,
+            text,
+        )
+    reader = Reader(master(database, tmp_path))
+    assert reader.returns(jid(1)) == {minion: as_cached(text) for minion, text in rows.items()}
+    assert reader.returns(jid(2)) == {}
 
 
 @pytest.mark.parametrize("style", MAKERS)

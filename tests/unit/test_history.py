@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine import history, moments, pool, records
+from salt_mysql_engine import history, moments, pool, reader, records
 from salt_mysql_engine.errors import EngineError, SettingsError
 from salt_mysql_engine.history import reason
-from salt_mysql_engine.reader import as_cached, load_as_cached
+from salt_mysql_engine.reader import all_as_cached, as_cached, load_as_cached
 from salt_mysql_engine.records import Opened, Record, Selection, interpret, open_event
 from salt_mysql_engine.search import _matches
 from salt_mysql_engine.settings import combine
@@ -67,6 +67,50 @@ SSH = {"jid": jid(1), "id": "web1", "return": {"a": 1}, "fun": "test.arg"}
 def test_a_return_has_the_keys_that_the_local_cache_keeps(full_ret: str, kept: dict[str, Any]) -> None:
     assert as_cached(full_ret) == kept
     assert list(as_cached(full_ret)) == list(kept)
+
+
+OWN = ("web1", 'we"b', "we\\b", "\x00", "\u2028", '", "return": 2, "x": "', ': "', "")
+"""Texts that may stand where one minion's row differs from another's."""
+AROUND = [
+    '{{"id": {0}, "return": true, "_stamp": {1}}}',
+    '{{"id": {0}, "return": true, "_stamp": {1}, "success": true, "retcode": 0}}',
+    '{{"id": {0}, "return": true, "stamp": {1}, "success": true, "retcode": 0}}',
+    '{{"_stamp": {1}, "return": true, "id": {0}, "success": true}}',
+    '{{"id": {0}, "return": {1}, "_stamp": "x"}}',
+    '{{"return": {0}, "id": "x", "_stamp": {1}}}',
+    '{{"return": {{"id": {0}, "_stamp": {1}}}}}',
+    '{{"return": [{{"id": {0}}}], "_stamp": {1}}}',
+    '{{"id": {0}, "_stamp": {1}, "return": true, "out": ["nested"]}}',
+    '{{"id": {0}, "return": 1, "_stamp": {1}, "id": "x", "return": "twice"}}',
+    '{{"a\\"id": {0}, "return": false, "a\\"_stamp": {1}}}',
+    '{{"id": {0}, "return": true, "_stamp": {1}',
+    '{{"id": {0}, "return": true, "_stamp": {1}}} and more',
+    '{{"return": true}}"id": {0}, "_stamp": {1}',
+    '"id": {0}, "_stamp": {1}',
+    "[{0}, {1}]",
+    "{0}",
+]
+
+
+def test_many_returns_at_once_are_what_each_of_them_is_and_share_nothing_that_can_be_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reader, "_TRIES", 1_000_000)
+    quoted = [json.dumps(own) for own in OWN] + [f'"{own}"' for own in OWN]
+    texts = [around.format(one, other) for around in AROUND for one in quoted for other in quoted] + ["", "{}"]
+    rows = [(str(number), text) for number, text in enumerate([*texts, *reversed(texts)])]
+    answers = all_as_cached(rows)
+    assert answers == {minion: as_cached(text) for minion, text in rows}
+    assert [list(answer) for answer in answers.values()] == [list(as_cached(text)) for _, text in rows]
+    changeable = [answers] + [
+        each for answer in answers.values() for each in (answer, *answer.values()) if isinstance(each, (dict, list))
+    ]
+    assert len({id(each) for each in changeable}) == len(changeable) > len(rows)
+
+
+def test_returns_of_other_length_stand_beside_those_that_are_alike() -> None:
+    rows = [(str(number), json.dumps({**RETURNED, "return": "x" * number * 500})) for number in range(60)]
+    assert all_as_cached(rows * 2) == {minion: as_cached(text) for minion, text in rows}
 
 
 PUBLISHED = {"jid": jid(1), "tgt": "*", "fun": "test.ping", "arg": [], "Minions": ["b", "a", "b"], "missing": ["c"]}
