@@ -1,6 +1,7 @@
 """The events that suites fire and journal: a ping, a highstate, and much output, as a 3008 master has them on its bus.
 
-The highstate (``data/highstate.json``) is the return of a real ``state.apply`` of 20 states.
+The highstate (``data/highstate.json``) is the return of a real ``state.apply`` of 20 states. Each minion's has its own
+``start_time`` and ``duration`` of every state; in an ``unlike`` one a comment, too, is no other's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Final
 import msgpack
 
 MINIONS_PER_JOB: Final = 500
-KINDS: Final = ("ping", "highstate", "output")
+KINDS: Final = ("ping", "highstate", "unlike", "output")
 _OUTPUT_BYTES: Final = 500_000
 
 
@@ -34,12 +35,27 @@ def output() -> str:
     return lines[:_OUTPUT_BYTES]
 
 
-def answer(kind: str) -> tuple[str, list[Any], Any]:
+def highstate_of(number: int, *, unlike: bool = False) -> dict[str, Any]:
+    """What the minion of this number returned."""
+    at = 36_000_000_000 + number % 1000 * 7_001_003  # microseconds of the day
+    states = {}
+    for place, (name, state) in enumerate(highstate().items()):
+        took = round(state["duration"] * (1 + (number * 31 + place) % 97 / 100), 3)
+        at += int(took * 1000) + 211
+        seconds, micros = divmod(at, 1_000_000)
+        clock = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{micros:06d}"
+        states[name] = {**state, "start_time": clock, "duration": took}
+    if unlike:
+        states[name]["comment"] = f"{state['comment']} (#{number})"
+    return states
+
+
+def answer(kind: str, number: int = 0) -> tuple[str, list[Any], Any]:
     """Function, arguments and value."""
     if kind == "ping":
         return "test.ping", [], True
-    if kind == "highstate":
-        return "state.apply", ["web"], highstate()
+    if kind in ("highstate", "unlike"):
+        return "state.apply", ["web"], highstate_of(number, unlike=kind == "unlike")
     return "cmd.run", ["cat /var/log/app.log"], output()
 
 
@@ -55,8 +71,8 @@ def between(first: int, count: int) -> str:
 
 def returns(first: int, count: int, kind: str = "ping") -> Iterator[tuple[str, dict[str, Any]]]:
     """Tag and payload of the returns numbered from ``first`` on, 500 minions to a job."""
-    fun, arguments, value = answer(kind)
     for number in range(first, first + count):
+        fun, arguments, value = answer(kind, number)
         minion = f"minion-{number % MINIONS_PER_JOB:04d}.example.com"
         yield (
             f"salt/job/{jid(number)}/ret/{minion}",

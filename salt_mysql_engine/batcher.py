@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import enum
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 
@@ -30,22 +30,22 @@ class Limits(NamedTuple):
     flush_interval: float
 
 
-class _Held(NamedTuple):
-    item: Any
-    size: int
-    since: float
-
-
 class Batcher(Generic[Item]):
     """Holds rows, oldest first, until a batch of them is due."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._held: collections.deque[_Held] = collections.deque()
+        self._held: collections.deque[tuple[Item, int, float]] = collections.deque()
+        """Each with its size and since when it waits."""
         self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def oldest(self) -> Item | None:
+        """The row that has waited longest."""
+        return self._held[0][0] if self._held else None
 
     @property
     def room(self) -> Limits:
@@ -57,11 +57,11 @@ class Batcher(Generic[Item]):
     @property
     def deadline(self) -> float | None:
         """When the oldest row will have waited long enough; ``None`` when there is none."""
-        return self._held[0].since + self.limits.flush_interval if self._held else None
+        return self._held[0][2] + self.limits.flush_interval if self._held else None
 
     def add(self, item: Item, *, size: int, since: float) -> None:
         """One more row: ``size`` bytes of SQL, captured at ``since``."""
-        self._held.append(_Held(item, size, since))
+        self._held.append((item, size, since))
         self._bytes += size
 
     def due(self, now: float, *, asked: bool = False) -> Reason | None:
@@ -74,17 +74,22 @@ class Batcher(Generic[Item]):
             return Reason.BYTES
         if asked:
             return Reason.ASKED
-        return Reason.AGE if now >= self._held[0].since + self.limits.flush_interval else None
+        return Reason.AGE if now >= self._held[0][2] + self.limits.flush_interval else None
 
     def take(self) -> list[Item]:
         """The next batch: as many of the oldest rows as the limits allow, at least one if there is any."""
+        if len(self._held) <= self.limits.batch_size and self._bytes <= self.limits.batch_bytes:
+            everything = [item for item, _, _ in self._held]
+            self._held.clear()
+            self._bytes = 0
+            return everything
         taken: list[Item] = []
         room = self.limits.batch_bytes
         while self._held and len(taken) < self.limits.batch_size:
-            room -= self._held[0].size
+            size = self._held[0][1]
+            room -= size
             if room < 0 and taken:
                 break
-            held = self._held.popleft()
-            self._bytes -= held.size
-            taken.append(held.item)
+            self._bytes -= size
+            taken.append(self._held.popleft()[0])
         return taken

@@ -295,7 +295,8 @@ class Journal:
         for seq, captured_at, body, trusted in self._db.execute(
             "SELECT seq, captured_at, body, trusted FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, rows)
         ):
-            salvage.require(type(body) is bytes and type(captured_at) is float, f"event {seq}")
+            if type(body) is not bytes or type(captured_at) is not float:
+                salvage.require(False, f"event {seq}")
             entries.append(Entry(seq, captured_at, body, bool(trusted) or seq <= self._verified_through))
             max_bytes -= len(body)
             if max_bytes <= 0:

@@ -156,6 +156,11 @@ class Selection:
         peer = data.get("__peer_id")
         return self.peers is not None and isinstance(peer, str) and peer in self.peers
 
+    @property
+    def wants_events(self) -> bool:
+        """Whether ``salt_events`` gets any."""
+        return self._events is not None
+
     def wants_event(self, tag: str) -> bool:
         """Whether ``salt_events`` gets this event."""
         return self._events is not None and self._events.match(tag) is not None
@@ -320,6 +325,11 @@ def is_trimmed(value: Any) -> bool:
         elif item == TRIMMED and isinstance(item, str):
             return True
     return False
+
+
+def may_be_trimmed(body: bytes) -> bool:
+    """Whether an event's bytes may hold a value that Salt replaced: a look without unpacking."""
+    return _TRIMMED_BYTES in body
 
 
 def is_jid(text: Any) -> bool:
@@ -500,11 +510,16 @@ def synthesised_load(ret: Return) -> dict[str, Any]:
     Everything that the return says but its value, and a target, as the master itself would add for a
     jid of ``req`` (salt/utils/job.py 3008.3).
     """
-    load = {key: value for key, value in ret.data.items() if isinstance(key, str) and key not in ("return", "Minions")}
+    return load_of_return(ret.id, ret.data)
+
+
+def load_of_return(minion: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, from a minion's id and what it said, with or without the value."""
+    load = {key: value for key, value in data.items() if isinstance(key, str) and key not in ("return", "Minions")}
     if load.get("cmd") != "_return":
         load.pop("cmd", None)
     load.setdefault("arg", load.get("fun_args", []))
-    load.setdefault("tgt", ret.id)
+    load.setdefault("tgt", minion)
     load.setdefault("tgt_type", "glob")
     return load
 
@@ -624,13 +639,13 @@ def _altered(stamp: Any, captured_at: float) -> str:
     """When the master saw the event: its ``_stamp`` (UTC; aware on 3008), else when we did."""
     if isinstance(stamp, str) and (said := _STAMP.fullmatch(stamp)):
         day, time, fraction = said.groups()
-        if _is_day(day):
+        if is_day(day):
             return f"{day} {time}.{fraction or '':0<6}"
     return utc(captured_at).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
 @functools.lru_cache(maxsize=16)
-def _is_day(text: str) -> bool:
+def is_day(text: str) -> bool:
     """Whether MySQL's TIMESTAMP, which ends in 2038, has the day. Asked for every row, and nearly always for today."""
     try:
         return datetime.date.fromisoformat(text).year < 2038

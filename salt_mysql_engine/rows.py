@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from . import jsontext, records, sql
 from .database import Session
 from .errors import RowsRejected, ServerUnavailable
-from .records import Return
+from .records import Ignored, Load, Record, Return, Selection
 from .schema import Shape
 
 log = logging.getLogger(__name__)
@@ -27,12 +27,24 @@ log = logging.getLogger(__name__)
 _LOCK_SECONDS = 10
 
 
+class Plain(NamedTuple):
+    """A return of which no more is kept than its row, for a batch of highstates would else take a hundred megabytes.
+
+    ``key`` is its jid and minion, ``body`` its event, for those who need all of it, and ``data`` what it says but for
+    the value, where that is known.
+    """
+
+    key: tuple[str, str]
+    body: bytes
+    data: dict[str, Any] | None = None
+
+
 class Item(NamedTuple):
     """An event in a batch: its rows as SQL, or the reason why it has none."""
 
     seq: int
     captured_at: float
-    outcome: records.Record | records.Ignored | None
+    outcome: Record | Plain | Ignored | None
     return_row: bytes = b""
     event_row: bytes = b""
     size: int = 0
@@ -55,10 +67,10 @@ class Rows:
     ``uncertain_through``: events up to this ``seq`` may have been written before, by a COMMIT whose answer was lost.
     """
 
-    def __init__(self, session: Session, shape: Shape, *, master_id: str, uncertain_through: int) -> None:
+    def __init__(self, session: Session, shape: Shape, *, selection: Selection, uncertain_through: int) -> None:
         self._session = session
         self._shape = shape
-        self._master_id = master_id
+        self._selection = selection
         self._uncertain_through = uncertain_through
         self._as_ever = shape.utf8mb4 and shape.alter_time and shape.fun_characters >= records.MAX_FUN_CHARACTERS
         """Whether a return's prepared row fits."""
@@ -87,32 +99,65 @@ class Rows:
 
     async def write(self, items: list[Item]) -> Written:
         """Everything between BEGIN (implied by the first statement) and COMMIT."""
-        trimmed = await self._new_trimmed(items)
-        changed = await self._write_loads([item.outcome for item in items])
         firsts: dict[tuple[str, str], Item] = {}
-        repeated: list[Return] = []
+        of_jobs: dict[str, Item] = {}
+        repeated: list[Item] = []
+        loads: list[Load] = []
         events: list[Item] = []
         extra_events: list[Item] = []  # of events whose fate is that of their return
-        written = 0
+        of_loads: list[str] = []
+        any_trimmed = False
         for item in items:
-            assert isinstance(item.outcome, records.Record)
-            load, ret, event = item.outcome
-            if ret is not None and firsts.setdefault((ret.jid, ret.id), item) is not item:
-                repeated.append(ret)
-            if event is not None:
-                (events if ret is None else extra_events).append(item)
-            elif ret is None and load is not None and load.jid in changed:
-                written += 1
-                changed.discard(load.jid)  # the other parts of a batch job's load are its duplicates
+            outcome = item.outcome
+            if isinstance(outcome, Plain):
+                key = outcome.key
+            else:
+                assert isinstance(outcome, Record)
+                load, ret, event = outcome
+                if load is not None:
+                    loads.append(load)
+                if event is not None:
+                    (events if ret is None else extra_events).append(item)
+                elif ret is None and load is not None:
+                    of_loads.append(load.jid)
+                if ret is None:
+                    continue
+                key = ret.jid, ret.id
+                any_trimmed = any_trimmed or ret.trimmed
+            if firsts.setdefault(key, item) is item:
+                of_jobs.setdefault(key[0], item)
+            else:
+                repeated.append(item)
+        new_trimmed = await self._new_trimmed([*firsts.values(), *repeated]) if any_trimmed else 0
+        changed = await self._write_loads(loads, of_jobs)
+        # The other parts of a batch job's load are its duplicates.
+        written = len(changed.intersection(of_loads))
         conflicts = 0
         inserted = await self._write_returns(firsts)
         if inserted < len(firsts) or repeated:
-            returns = [item.outcome.ret for item in firsts.values() if isinstance(item.outcome, records.Record)]
-            mended, conflicts = await self._compare([ret for ret in returns if ret] + repeated)
+            mended, conflicts = await self._compare([self._return(item) for item in [*firsts.values(), *repeated]])
             written += mended
         await self._write_events(extra_events)
         inserted += await self._write_events(events)
-        return Written(written + inserted, conflicts, trimmed)
+        return Written(written + inserted, conflicts, new_trimmed)
+
+    def _return(self, item: Item) -> Return:
+        """An item's return, whole."""
+        record = item.outcome
+        if isinstance(record, Plain):
+            event = records.open_event(record.body)
+            assert isinstance(event, records.Opened)
+            again = records.interpret(event, item.captured_at, self._selection)
+            assert isinstance(again, Record)
+            record = again
+        assert isinstance(record, Record)
+        assert record.ret is not None
+        return record.ret
+
+    def _load_of_return(self, item: Item) -> dict[str, Any]:
+        if isinstance(item.outcome, Plain) and item.outcome.data is not None:
+            return records.load_of_return(item.outcome.key[1], item.outcome.data)
+        return records.synthesised_load(self._return(item))
 
     async def _write_returns(self, firsts: dict[tuple[str, str], Item]) -> int:
         keys = sorted(firsts)
@@ -125,9 +170,7 @@ class Rows:
     def _return_row(self, item: Item) -> bytes:
         if self._as_ever:
             return item.return_row
-        assert isinstance(item.outcome, records.Record)
-        assert item.outcome.ret is not None
-        return sql.return_row(self._fitted(item.outcome.ret), timed=self._shape.alter_time)
+        return sql.return_row(self._fitted(self._return(item)), timed=self._shape.alter_time)
 
     def _fitted(self, ret: Return) -> Return:
         """A return as the columns take it."""
@@ -149,26 +192,19 @@ class Rows:
         return found
 
     async def _new_trimmed(self, items: list[Item]) -> int:
-        """How many returns with a trimmed value have no row yet."""
-        rets = [item.outcome.ret for item in items if isinstance(item.outcome, records.Record) and item.outcome.ret]
+        """How many returns with a trimmed value, and no whole one beside it, have no row yet."""
+        rets = [self._return(item) for item in items]
         keys = {(ret.jid, ret.id) for ret in rets if ret.trimmed} - {(r.jid, r.id) for r in rets if not r.trimmed}
         return len(keys) - len(await self._returned(sorted(keys)))
 
-    async def _write_loads(self, outcomes: Iterable[Any]) -> set[str]:
-        """Writes ``jids``; gives the jids whose row came into being or changed."""
+    async def _write_loads(self, loads: list[Load], of_jobs: dict[str, Item]) -> set[str]:
+        """Writes ``jids``: loads that were published, and for each job the one that its first return (``of_jobs``)
+        makes, where no better one stands. Gives the jids whose row came into being or changed."""
         published: dict[str, dict[str, Any]] = {}
-        synthesised: dict[str, Return] = {}
-        for load, ret, _ in outcomes:
-            if load is not None:
-                published[load.jid] = records.merged_load(published.get(load.jid), load.load)
-            elif ret is not None:
-                synthesised.setdefault(ret.jid, ret)
+        for jid, load in loads:
+            published[jid] = records.merged_load(published.get(jid), load)
         alone = {jid for jid, load in published.items() if records.is_minions_alone(load)}
-        new = {
-            jid: records.synthesised_load(ret)
-            for jid, ret in synthesised.items()
-            if jid not in published or jid in alone
-        }
+        new = {jid: self._load_of_return(item) for jid, item in of_jobs.items() if jid not in published or jid in alone}
         changed: set[str] = set()
         looked_for = sorted({**published, **new} if "jids" not in self._shape.unique else published)
         stored: dict[str, str] = {}
@@ -205,15 +241,15 @@ class Rows:
             return await self._insert(sql.INSERT_EVENTS, [item.event_row for item in items], sql.KEEP_EVENTS)
         rows = []
         for item in items:
-            assert isinstance(item.outcome, records.Record)
+            assert isinstance(item.outcome, Record)
             assert item.outcome.event is not None
             event = item.outcome.event._replace(data_json=self._text(item.outcome.event.data_json))
             if item.seq > self._uncertain_through or not await self._is_stored(event):
-                rows.append(sql.event_row(event, self._master_id, None))
+                rows.append(sql.event_row(event, self._selection.master_id, None))
         return await self._insert(sql.INSERT_EVENTS_WITHOUT_KEY, rows, b"")
 
     async def _is_stored(self, event: records.Event) -> bool:
-        return bool(await self._session.query(sql.select_event(event, self._master_id)))
+        return bool(await self._session.query(sql.select_event(event, self._selection.master_id)))
 
     async def _insert(self, head: bytes, rows: Iterable[bytes], tail: bytes) -> int:
         affected = 0

@@ -36,6 +36,9 @@ KEEP_EVENTS = b" ON DUPLICATE KEY UPDATE `id` = `salt_events`.`id`"
 MAX_KEYS = 1000
 """Rows that one SELECT looks for."""
 
+MAX_STATEMENT_BYTES = 1 * 1024 * 1024
+"""Larger statements are no quicker, and their memory is cleared by the kernel again and again."""
+
 STATEMENT_ROOM = 1024
 """Bytes that a statement needs beside its rows; more than any head and tail above."""
 
@@ -109,17 +112,23 @@ def statements(head: bytes, rows: Iterable[bytes], tail: bytes, *, max_bytes: in
 
     A row that is larger by itself stands alone: refusing it is the server's part.
     """
-    room = max_bytes - STATEMENT_ROOM
+    room = min(max_bytes, MAX_STATEMENT_BYTES) - STATEMENT_ROOM
     held: list[bytes] = []
     size = 0
     for row in rows:
         if held and size + len(row) + 1 > room:
-            yield head + b",".join(held) + tail, len(held)
+            yield _statement(head, held, tail), len(held)
             held, size = [], 0
         held.append(row)
         size += len(row) + 1
     if held:
-        yield head + b",".join(held) + tail, len(held)
+        yield _statement(head, held, tail), len(held)
+
+
+def _statement(head: bytes, rows: list[bytes], tail: bytes) -> bytes:
+    rows[0] = head + rows[0]
+    rows[-1] += tail
+    return b",".join(rows)  # the only copy of what may be megabytes
 
 
 def select_loads(jids: Iterable[str]) -> bytes:

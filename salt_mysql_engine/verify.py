@@ -46,10 +46,13 @@ InThread = Callable[..., Awaitable[Any]]
 
 
 class Checked(NamedTuple):
-    """An event on its way to the tables; ``error``: why it could not be taken apart."""
+    """An event on its way to the tables; ``error``: why it could not be taken apart.
+
+    ``event`` is ``None`` while nobody had to look into it.
+    """
 
     entry: Entry
-    event: Opened | Ignored
+    event: Opened | Ignored | None
     error: str = ""
 
 
@@ -139,13 +142,15 @@ class Verifier:
 
     async def _check(self, entries: list[Entry]) -> tuple[list[Checked], list[int], dict[int, bytes]]:
         """Entries that go on, the ``seq`` of those that do not yet, and new bytes of those that said something else."""
-        opened = [_open(entry) for entry in entries]
-        looked = [checked for checked in opened if self._needs_look(checked)]
-        found: dict[int, dict[str, Any] | NoCache | None] = {}
-        if looked:
-            assert self._cache is not None
-            payloads = await self._in_cache(self._cache.confirm, [checked.event for checked in looked])
-            found = {checked.entry.seq: payload for checked, payload in zip(looked, payloads, strict=True)}
+        opened = [open_entry(entry) if self._may_need_look(entry) else Checked(entry, None) for entry in entries]
+        looked = [checked for checked in opened if checked.event is not None and self._needs_look(checked)]
+        if not looked:
+            return opened, [], {}
+        assert self._cache is not None
+        payloads = await self._in_cache(self._cache.confirm, [checked.event for checked in looked])
+        found: dict[int, dict[str, Any] | NoCache | None] = {
+            checked.entry.seq: payload for checked, payload in zip(looked, payloads, strict=True)
+        }
         going_on: list[Checked] = []
         aside: list[int] = []
         replaced: dict[int, bytes] = {}
@@ -167,13 +172,17 @@ class Verifier:
                 going_on.append(checked)
             else:
                 self._note_difference(event)
-                going_on.append(checked._replace(event=records.with_payload(event, payload)))
+                said = records.with_payload(event, payload)
+                going_on.append(Checked(checked.entry._replace(body=body), said))
                 replaced[seq] = body
         return going_on, aside, replaced
 
+    def _may_need_look(self, entry: Entry) -> bool:
+        return self._cache is not None and not entry.trusted and (self.enabled or records.may_be_trimmed(entry.body))
+
     def _needs_look(self, checked: Checked) -> bool:
         event = checked.event
-        if self._cache is None or checked.entry.trusted or not isinstance(event, Opened):
+        if not isinstance(event, Opened):
             return False
         if not self.enabled and not event.trimmed:
             return False
@@ -280,7 +289,8 @@ class Verifier:
         log.warning(message)
 
 
-def _open(entry: Entry) -> Checked:
+def open_entry(entry: Entry) -> Checked:
+    """Takes an event apart."""
     try:
         return Checked(entry, records.open_event(entry.body))
     except Exception as exc:

@@ -5,6 +5,8 @@ Promise
     written again and changes nothing then: a COMMIT whose answer was lost, a ``kill -9`` between
     COMMIT and the journal's delete, and a replay are all the same case.
 
+While one batch is being written, the next is read and made.
+
 What an error does is its verdict. RETRY: the same batch again, after full-jitter back-off from 0.5 s
 doubling to 30 s. OPERATOR: the same, from 5 s on, with the remedy in the log. SPLIT: the batch is
 halved until the refused row stands alone and becomes a dead letter; that happens only on the server's
@@ -30,8 +32,9 @@ from .capture import InJournal
 from .database import Database, Session
 from .errors import AnswerTimeout, DatabaseError, OperatorNeeded, RowsRejected, Verdict
 from .journal import Journal, Settlement
-from .rows import Item, Rows
-from .verify import Checked, Verifier
+from .rows import Item, Plain, Rows
+from .stencil import Stencils
+from .verify import Checked, Verifier, open_entry
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,13 @@ class Writer:
         self._unread_bytes = 0
         self._news = asyncio.Event()
         self._hurry = asyncio.Event()
+        """Set to end a back-off."""
+        self._asked_through = 0
+        """A flush waits for the events up to this ``seq``."""
+        self._delivering = False
+        self._settling: asyncio.Task[None] | None = None
+        """What became of the last batch, on its way into the journal while the next is on its way to the server."""
+        self._stencils = Stencils(selection)
         self._said = Fault(0.0, "")
         self._settled: asyncio.Event = asyncio.Event()
 
@@ -118,8 +128,9 @@ class Writer:
     async def flush(self) -> None:
         """Returns when everything that the journal holds now has been settled. Cancel it to give up."""
         last = await self._in_journal(self._journal.newest_seq)
+        self._asked_through = max(self._asked_through, last)
+        self._hurry.set()
         while True:
-            self._hurry.set()
             self._news.set()
             self._settled.clear()
             oldest = await self._in_journal(self._journal.oldest_seq)
@@ -130,15 +141,23 @@ class Writer:
     async def run(self) -> None:
         """Ships batches until cancelled."""
         self._uncertain_through = await self._journalled(lambda: self._in_journal(self._journal.newest_seq))
+        upcoming = self._prepare()
         try:
             while True:
-                batch = await self._next_batch()
+                batch = await upcoming
+                self._delivering = True
+                upcoming = self._prepare()
                 await self._deliver(batch)
-                self._settled.set()
+                self._delivering = False
         finally:
+            upcoming.cancel()
+            await asyncio.wait({upcoming, *filter(None, [self._settling])})
             await self._drop_probe()
             if self._session is not None:
                 self._session.close()
+
+    def _prepare(self) -> asyncio.Task[list[Item]]:
+        return asyncio.create_task(self._next_batch(), name="mysql_jobcache next batch")
 
     async def _next_batch(self) -> list[Item]:
         """Fills the batcher from the journal until a batch is due."""
@@ -156,14 +175,13 @@ class Writer:
                 self._take_in(events, loop.time())
             else:
                 caught_up = False
-            reason = self.batcher.due(loop.time(), asked=self._hurry.is_set())
+            oldest = self.batcher.oldest
+            reason = self.batcher.due(loop.time(), asked=oldest is not None and oldest.seq <= self._asked_through)
             if reason is not None:
                 self.batches[reason.value] += 1
                 return self.batcher.take()
             if caught_up:
-                if not self._news.is_set():  # else what a flush asks for may be in the news
-                    self._hurry.clear()
-                if not len(self.batcher):
+                if not len(self.batcher) and not self._delivering and self._is_settled:
                     self._settled.set()  # what a flush waits for may wait for the job cache
                 await self._wait(self.batcher.deadline)
 
@@ -187,6 +205,15 @@ class Writer:
 
     def _item(self, checked: Checked) -> Item:
         entry, event, error = checked
+        unknown = event is None
+        if unknown:
+            if self._stencils.selection is not self.selection:
+                self._stencils = Stencils(self.selection)
+            cut = self._stencils.cut(entry.body)
+            if cut is not None:
+                return Item(entry.seq, entry.captured_at, Plain(cut.key, entry.body), cut.row, b"", len(cut.row))
+            _, event, error = open_entry(entry)
+        assert event is not None
         if error:
             return Item(entry.seq, entry.captured_at, None, error=error)
         if isinstance(event, records.Ignored):
@@ -195,7 +222,14 @@ class Writer:
             outcome = records.interpret(event, entry.captured_at, self.selection)
             if isinstance(outcome, records.Ignored):
                 return Item(entry.seq, entry.captured_at, outcome)
-            return_row = sql.return_row(outcome.ret) if outcome.ret else b""
+            load, ret, stored = outcome
+            return_row = sql.return_row(ret) if ret else b""
+            if unknown:
+                self._stencils.learn(entry.body, outcome)
+            if ret and not ret.trimmed and not load and not stored:
+                data = {key: value for key, value in ret.data.items() if key != "return"}
+                plain = Plain((ret.jid, ret.id), entry.body, data)
+                return Item(entry.seq, entry.captured_at, plain, return_row, b"", len(return_row))
             event_row = b""
             if outcome.event:
                 event_key = self._journal.event_key(entry.seq)
@@ -244,7 +278,16 @@ class Writer:
             return
 
     async def _settle(self, settlement: Settlement) -> None:
-        await self._journalled(lambda: self._in_journal(self._journal.settle, settlement))
+        if self._settling is not None:
+            await asyncio.wait({self._settling})  # unlike `await`, does not cancel it with us
+            self._settling.result()
+        work = self._journalled(lambda: self._in_journal(self._journal.settle, settlement))
+        self._settling = asyncio.create_task(work, name="mysql_jobcache settle")
+        self._settling.add_done_callback(lambda _: self._settled.set())
+
+    @property
+    def _is_settled(self) -> bool:
+        return self._settling is None or self._settling.done()
 
     async def _journalled(self, work: Callable[[], Awaitable[Any]]) -> Any:
         """Does ``work`` in the journal, as often as it takes: a full disk or a lock must not end the engine."""
@@ -280,7 +323,7 @@ class Writer:
 
     async def _write(self, batch: list[Item]) -> dict[str, int]:
         """One transaction. Gives the number of events by fate."""
-        rows = [item for item in batch if isinstance(item.outcome, records.Record)]
+        rows = [item for item in batch if isinstance(item.outcome, (Plain, records.Record))]
         ignored = collections.Counter(
             f"ignored.{item.outcome.value}" for item in batch if isinstance(item.outcome, records.Ignored)
         )
@@ -293,7 +336,7 @@ class Writer:
         into = Rows(
             session,
             self._shape,
-            master_id=self.selection.master_id,
+            selection=self.selection,
             uncertain_through=self._uncertain_through,
         )
         await into.begin()
