@@ -13,44 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from . import jsontext, records, sql
 from .database import Session
 from .errors import RowsRejected, ServerUnavailable
-from .records import Ignored, Load, Record, Return, Selection
+from .items import Item, Plain
+from .records import Load, Record, Return, Selection
 from .schema import Shape
 
 log = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 10
-
-
-class Plain(NamedTuple):
-    """A return of which no more is kept than its row, for a batch of highstates would else take a hundred megabytes.
-
-    ``key`` is its jid and minion, ``body`` its event, for those who need all of it, and ``data`` what it says but for
-    the value, where that is known.
-    """
-
-    key: tuple[str, str]
-    body: bytes
-    data: dict[str, Any] | None = None
-
-
-class Item(NamedTuple):
-    """An event in a batch: its rows as SQL, or the reason why it has none."""
-
-    seq: int
-    captured_at: float
-    outcome: Record | Plain | Ignored | None
-    return_row: bytes = b""
-    event_row: bytes = b""
-    size: int = 0
-    """Bytes of SQL, about."""
-    error: str = ""
-    """Why there is no outcome: a fault of ours, which makes the event a dead letter."""
 
 
 class Written(NamedTuple):
@@ -64,13 +39,23 @@ class Written(NamedTuple):
 class Rows:
     """Writes rows into tables of one shape.
 
+    ``on_sending`` is called when most of a batch is about to be sent, and the server will be busy for a while;
     ``uncertain_through``: events up to this ``seq`` may have been written before, by a COMMIT whose answer was lost.
     """
 
-    def __init__(self, session: Session, shape: Shape, *, selection: Selection, uncertain_through: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        shape: Shape,
+        *,
+        selection: Selection,
+        uncertain_through: int,
+        on_sending: Callable[[], None],
+    ) -> None:
         self._session = session
         self._shape = shape
         self._selection = selection
+        self._on_sending = on_sending
         self._uncertain_through = uncertain_through
         self._as_ever = shape.utf8mb4 and shape.alter_time and shape.fun_characters >= records.MAX_FUN_CHARACTERS
         """Whether a return's prepared row fits."""
@@ -133,6 +118,7 @@ class Rows:
         # The other parts of a batch job's load are its duplicates.
         written = len(changed.intersection(of_loads))
         conflicts = 0
+        self._on_sending()
         inserted = await self._write_returns(firsts)
         if inserted < len(firsts) or repeated:
             mended, conflicts = await self._compare([self._return(item) for item in [*firsts.values(), *repeated]])

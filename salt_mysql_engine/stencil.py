@@ -43,16 +43,9 @@ _CLOCK = b"0123456789:."
 _JID, _TS, _TS_BYTES = b"\xa3jid\xb4", b"\xa2ts\xce", 4
 _TOOK = re.compile(rb"\xa8duration\xcb(.{8})|\xaastart_time\xaf([0-9:.]{15})", re.DOTALL)
 _STAMP = re.compile(rb"\xa6_stamp(?:\xba|\xd9\x20)([0-9T:.-]{26})")
-_MOMENT = re.compile(rb"(20[0-3]\d-\d\d-\d\d)T((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)\.(\d{6})")
+_MOMENT = re.compile(rb"20[0-3]\d-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d\.\d{6}")
 _TEXT, _NUMBER = "\0", "\1"
 """Places in a row that is being made."""
-
-
-class Cut(NamedTuple):
-    """The row of a return, and whose it is: jid and minion."""
-
-    key: tuple[str, str]
-    row: bytes
 
 
 class _Stencil(NamedTuple):
@@ -92,8 +85,8 @@ class Stencils:
         self._seen: collections.Counter[int] = collections.Counter()
         self._passed = 0
 
-    def cut(self, body: bytes) -> Cut | None:
-        """The row of an event that looks like those before; else ``None``."""
+    def cut(self, body: bytes) -> tuple[tuple[str, str], bytes] | None:
+        """The jid and minion of an event that looks like those before, and its row; else ``None``."""
         for stencil in self._by_length.get(len(body), ()):
             pieces = stencil.layout.unpack(body)
             if pieces[::2] == stencil.same:
@@ -135,7 +128,7 @@ class Stencils:
         for each in (sight, _other(sight)):
             ret, pieces = self._long_way(each), stencil.layout.unpack(_body(each))
             cut = _filled(stencil, pieces[1::2])
-            if ret is None or cut is None or pieces[::2] != stencil.same or cut.row != sql.return_row(ret):
+            if ret is None or pieces[::2] != stencil.same or cut != ((ret.jid, ret.id), sql.return_row(ret)):
                 return None
         return stencil
 
@@ -147,14 +140,14 @@ class Stencils:
         full_ret: dict[str, Any] = json.loads(ret.full_ret_json)
         text = f'"{_TEXT}"'
         offset = full_ret["_stamp"][26:]
-        places = {"id": text, "jid": text, "_stamp": f'"{_TEXT}T{_TEXT}.{_TEXT}{offset}"'}
+        places = {"id": text, "jid": text, "_stamp": f'"{_TEXT}{offset}"'}
         if sight.has_ts:
             places["ts"] = _NUMBER
         items = (f"{jsontext.dumps(key)}: {places.get(key) or jsontext.dumps(full_ret[key])}" for key in full_ret)
-        whole, moment = "{" + ", ".join(items) + "}", f"{_TEXT} {_TEXT}.{_TEXT}"
-        row = sql.return_row(ret._replace(jid=_TEXT, id=_TEXT, full_ret_json=whole, altered=moment))
+        whole = "{" + ", ".join(items) + "}"
+        row = sql.return_row(ret._replace(jid=_TEXT, id=_TEXT, full_ret_json=whole, altered=_TEXT))
         # JSON spells out what marks a place, but a function's name may hold it.
-        if row.count(b"\0") != 10 or row.count(b"\1") != sight.has_ts:
+        if row.count(b"\0") != 6 or row.count(b"\1") != sight.has_ts:
             return None
         row = row.replace(b"%", b"%%").replace(b"\0", b"%b").replace(b"\1", b"%d")
         for mark, packed in marks:
@@ -235,20 +228,16 @@ def _other(sight: _Sight) -> _Sight:
     return sight._replace(values=(jid, minion, minion, *took, jid, *ts, b"2031-12-30T23:58:57.504030"))
 
 
-def _filled(stencil: _Stencil, values: tuple[Any, ...]) -> Cut | None:
+def _filled(stencil: _Stencil, values: tuple[Any, ...]) -> tuple[tuple[str, str], bytes] | None:
     """The row of an event, of its values; ``None`` where one is unusual."""
     job, name, minion, *took, jid, ts, stamp = values if stencil.has_ts else (*values[:-1], None, values[-1])
-    moment = _MOMENT.fullmatch(stamp)
-    if jid != job or minion != name or not jid.isdigit() or minion.translate(None, _PLAIN) or moment is None:
+    if jid != job or minion != name or not jid.isdigit() or minion.translate(None, _PLAIN):
         return None
-    if took and not _are_times(took):
-        return None
-    day, time, fraction = moment.groups()
-    if not records.is_day(day.decode()):
+    if not _MOMENT.fullmatch(stamp) or not records.is_day(stamp[:10].decode()) or (took and not _are_times(took)):
         return None
     seconds = () if ts is None else (ts,)
-    row = (jid, *took, minion, minion, *took, jid, *seconds, day, time, fraction, day, time, fraction)
-    return Cut((jid.decode(), minion.decode()), stencil.row % row)
+    row = (jid, *took, minion, minion, *took, jid, *seconds, stamp, stamp.replace(b"T", b" "))
+    return (jid.decode(), minion.decode()), stencil.row % row
 
 
 def _are_times(took: list[Any]) -> bool:

@@ -46,13 +46,10 @@ InThread = Callable[..., Awaitable[Any]]
 
 
 class Checked(NamedTuple):
-    """An event on its way to the tables; ``error``: why it could not be taken apart.
-
-    ``event`` is ``None`` while nobody had to look into it.
-    """
+    """An event on its way to the tables; ``error``: why it could not be taken apart."""
 
     entry: Entry
-    event: Opened | Ignored | None
+    event: Opened | Ignored
     error: str = ""
 
 
@@ -93,7 +90,7 @@ class Verifier:
         """Returns that wait for the job cache."""
         return len(self._waiting)
 
-    async def read(self, *, after: int, rows: int, max_bytes: int) -> tuple[list[Checked], int, bool]:
+    async def read(self, *, after: int, rows: int, max_bytes: int) -> tuple[list[Entry | Checked], int, bool]:
         """The next events that may become rows, the ``seq`` up to which was read, and whether that was all there is.
 
         Raises:
@@ -140,10 +137,13 @@ class Verifier:
             stored: list[Waiting] = await self._in_journal(self._journal.waiting)
             self._waiting.extend(waiting for waiting in stored if waiting.seq not in here)
 
-    async def _check(self, entries: list[Entry]) -> tuple[list[Checked], list[int], dict[int, bytes]]:
-        """Entries that go on, the ``seq`` of those that do not yet, and new bytes of those that said something else."""
-        opened = [open_entry(entry) if self._may_need_look(entry) else Checked(entry, None) for entry in entries]
-        looked = [checked for checked in opened if checked.event is not None and self._needs_look(checked)]
+    async def _check(self, entries: list[Entry]) -> tuple[list[Entry | Checked], list[int], dict[int, bytes]]:
+        """Entries that go on, the ``seq`` of those that do not yet, and new bytes of those that said something else.
+
+        An entry goes on as it is where nobody had to look into it.
+        """
+        opened = [_open(entry) if self._may_need_look(entry) else entry for entry in entries]
+        looked = [checked for checked in opened if isinstance(checked, Checked) and self._needs_look(checked)]
         if not looked:
             return opened, [], {}
         assert self._cache is not None
@@ -151,14 +151,15 @@ class Verifier:
         found: dict[int, dict[str, Any] | NoCache | None] = {
             checked.entry.seq: payload for checked, payload in zip(looked, payloads, strict=True)
         }
-        going_on: list[Checked] = []
+        going_on: list[Entry | Checked] = []
         aside: list[int] = []
         replaced: dict[int, bytes] = {}
         for checked in opened:
-            seq, event = checked.entry.seq, checked.event
-            if seq not in found or not isinstance(event, Opened):
+            if not isinstance(checked, Checked) or checked.entry.seq not in found:
                 going_on.append(checked)
                 continue
+            seq, event = checked.entry.seq, checked.event
+            assert isinstance(event, Opened)
             payload = found[seq]
             if isinstance(payload, NoCache):
                 going_on.append(checked._replace(event=Ignored.NOCACHE) if self.enabled else checked)
@@ -224,10 +225,13 @@ class Verifier:
         if not seqs:
             return set()
         bodies: dict[int, tuple[float, bytes]] = await self._in_journal(self._journal.bodies_of_waiting, seqs)
-        checked, aside, replaced = await self._check([Entry(seq, *bodies[seq]) for seq in bodies])
-        confirmed = {each.entry.seq: replaced.get(each.entry.seq, each.entry.body) for each in checked}
+        checked, aside, _ = await self._check([Entry(seq, *bodies[seq]) for seq in bodies])
+        entries = [each if isinstance(each, Entry) else each.entry for each in checked]
+        confirmed = {entry.seq: entry.body for entry in entries}
         ignored = {
-            each.entry.seq: each.event.value for each in checked if isinstance(each.event, Ignored) and not each.error
+            each.entry.seq: each.event.value
+            for each in checked
+            if isinstance(each, Checked) and isinstance(each.event, Ignored) and not each.error
         }
         for seq in ignored:
             del confirmed[seq]
@@ -289,8 +293,7 @@ class Verifier:
         log.warning(message)
 
 
-def open_entry(entry: Entry) -> Checked:
-    """Takes an event apart."""
+def _open(entry: Entry) -> Checked:
     try:
         return Checked(entry, records.open_event(entry.body))
     except Exception as exc:

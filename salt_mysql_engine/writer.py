@@ -5,7 +5,8 @@ Promise
     written again and changes nothing then: a COMMIT whose answer was lost, a ``kill -9`` between
     COMMIT and the journal's delete, and a replay are all the same case.
 
-While one batch is being written, the next is read and made.
+While the server works on one batch, what became of the one before goes into the journal, and the next is read and
+made. Nothing of that comes before a batch that is ready, so that the server never waits for us.
 
 What an error does is its verdict. RETRY: the same batch again, after full-jitter back-off from 0.5 s
 doubling to 30 s. OPERATOR: the same, from 5 s on, with the remedy in the log. SPLIT: the batch is
@@ -26,15 +27,15 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from . import records, schema, sql
+from . import records, schema
 from .batcher import Batcher, Limits
 from .capture import InJournal
 from .database import Database, Session
 from .errors import AnswerTimeout, DatabaseError, OperatorNeeded, RowsRejected, Verdict
-from .journal import Journal, Settlement
-from .rows import Item, Plain, Rows
-from .stencil import Stencils
-from .verify import Checked, Verifier, open_entry
+from .items import Item, Maker, Plain
+from .journal import Entry, Journal, Settlement
+from .rows import Rows
+from .verify import Checked, Verifier
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,11 @@ _BACKOFF_FIRST = {Verdict.RETRY: 0.5, Verdict.OPERATOR: 5.0}
 _BACKOFF_MAX = 30.0  # seconds
 _SAY_AGAIN_SECONDS = 60.0
 _PING_AFTER_SECONDS = 30.0
+_AT_A_TIME_SECONDS = 0.0002
+"""After so long of making rows everybody else has a turn: the bus is read, and the server does not wait for us while
+its answer to the batch before takes several turns."""
 _JOURNAL_RETRY_SECONDS = 1.0
+_LAST_SETTLE_SECONDS = 1.0
 LOOK_AT_TABLES_SECONDS = 60.0
 """How often the tables' shape is looked at: someone may migrate them meanwhile."""
 HOME_PROBE_SECONDS = 30.0
@@ -107,8 +112,11 @@ class Writer:
         """A flush waits for the events up to this ``seq``."""
         self._delivering = False
         self._settling: asyncio.Task[None] | None = None
-        """What became of the last batch, on its way into the journal while the next is on its way to the server."""
-        self._stencils = Stencils(selection)
+        """What became of the last batch, on its way into the journal."""
+        self._server_works = asyncio.Event()
+        """Set while there is time for everything but sending: the server works, or is away, or no batch is ready."""
+        self._server_works.set()
+        self._made_by, self._maker = selection, Maker(selection, journal.event_key)
         self._said = Fault(0.0, "")
         self._settled: asyncio.Event = asyncio.Event()
 
@@ -146,12 +154,14 @@ class Writer:
             while True:
                 batch = await upcoming
                 self._delivering = True
+                self._server_works.clear()
                 upcoming = self._prepare()
                 await self._deliver(batch)
                 self._delivering = False
         finally:
             upcoming.cancel()
-            await asyncio.wait({upcoming, *filter(None, [self._settling])})
+            self._server_works.set()
+            await asyncio.wait({upcoming, *filter(None, [self._settling])}, timeout=_LAST_SETTLE_SECONDS)
             await self._drop_probe()
             if self._session is not None:
                 self._session.close()
@@ -161,6 +171,7 @@ class Writer:
 
     async def _next_batch(self) -> list[Item]:
         """Fills the batcher from the journal until a batch is due."""
+        await self._server_works.wait()
         loop = asyncio.get_running_loop()
         while True:
             self._news.clear()
@@ -172,7 +183,7 @@ class Writer:
                         self._verifier.read, after=self._cursor, rows=room.batch_size, max_bytes=room.batch_bytes
                     )
                 )
-                self._take_in(events, loop.time())
+                await self._take_in(events, loop.time())
             else:
                 caught_up = False
             oldest = self.batcher.oldest
@@ -196,50 +207,19 @@ class Writer:
         finally:
             handle.cancel()
 
-    def _take_in(self, events: list[Checked], now: float) -> None:
+    async def _take_in(self, events: list[Entry | Checked], now: float) -> None:
+        if self._made_by is not self.selection:
+            self._made_by, self._maker = self.selection, Maker(self.selection, self._journal.event_key)
         wall = time.time()
-        for checked in events:
-            item = self._item(checked)
+        until = time.monotonic() + _AT_A_TIME_SECONDS
+        for each in events:
+            entry, event, error = (each, None, "") if isinstance(each, Entry) else each
+            item = self._maker.make(entry.seq, entry.captured_at, entry.body, event, error)
             # The journal keeps wall-clock time, which can be set back or on; age is at least 0.
-            self.batcher.add(item, size=item.size, since=now - max(0.0, wall - checked.entry.captured_at))
-
-    def _item(self, checked: Checked) -> Item:
-        entry, event, error = checked
-        unknown = event is None
-        if unknown:
-            if self._stencils.selection is not self.selection:
-                self._stencils = Stencils(self.selection)
-            cut = self._stencils.cut(entry.body)
-            if cut is not None:
-                return Item(entry.seq, entry.captured_at, Plain(cut.key, entry.body), cut.row, b"", len(cut.row))
-            _, event, error = open_entry(entry)
-        assert event is not None
-        if error:
-            return Item(entry.seq, entry.captured_at, None, error=error)
-        if isinstance(event, records.Ignored):
-            return Item(entry.seq, entry.captured_at, event)
-        try:
-            outcome = records.interpret(event, entry.captured_at, self.selection)
-            if isinstance(outcome, records.Ignored):
-                return Item(entry.seq, entry.captured_at, outcome)
-            load, ret, stored = outcome
-            return_row = sql.return_row(ret) if ret else b""
-            if unknown:
-                self._stencils.learn(entry.body, outcome)
-            if ret and not ret.trimmed and not load and not stored:
-                data = {key: value for key, value in ret.data.items() if key != "return"}
-                plain = Plain((ret.jid, ret.id), entry.body, data)
-                return Item(entry.seq, entry.captured_at, plain, return_row, b"", len(return_row))
-            event_row = b""
-            if outcome.event:
-                event_key = self._journal.event_key(entry.seq)
-                event_row = sql.event_row(outcome.event, self.selection.master_id, event_key)
-            # A load's text is made when it has met the one that stands; until then its event's size will do.
-            size = len(return_row) + len(event_row) + (len(entry.body) if outcome.load else 0)
-            return Item(entry.seq, entry.captured_at, outcome, return_row, event_row, size)
-        except Exception as exc:
-            log.exception("An event cannot be made a row, and goes to the dead letters")
-            return Item(entry.seq, entry.captured_at, None, error=f"{type(exc).__name__}: {exc}")
+            self.batcher.add(item, size=item.size, since=now - max(0.0, wall - entry.captured_at))
+            if time.monotonic() >= until:
+                await asyncio.sleep(0)
+                until = time.monotonic() + _AT_A_TIME_SECONDS
 
     async def _deliver(self, batch: list[Item]) -> None:
         """Writes a batch and settles it, however long that takes."""
@@ -278,12 +258,16 @@ class Writer:
             return
 
     async def _settle(self, settlement: Settlement) -> None:
+        self._server_works.set()
         if self._settling is not None:
             await asyncio.wait({self._settling})  # unlike `await`, does not cancel it with us
             self._settling.result()
-        work = self._journalled(lambda: self._in_journal(self._journal.settle, settlement))
-        self._settling = asyncio.create_task(work, name="mysql_jobcache settle")
+        self._settling = asyncio.create_task(self._settle_soon(settlement), name="mysql_jobcache settle")
         self._settling.add_done_callback(lambda _: self._settled.set())
+
+    async def _settle_soon(self, settlement: Settlement) -> None:
+        await self._server_works.wait()  # a batch that is ready has cleared this by now
+        await self._journalled(lambda: self._in_journal(self._journal.settle, settlement))
 
     @property
     def _is_settled(self) -> bool:
@@ -302,6 +286,7 @@ class Writer:
                 await asyncio.sleep(_JOURNAL_RETRY_SECONDS)
 
     async def _back_off(self, exc: DatabaseError, attempt: int) -> None:
+        self._server_works.set()
         self._note(exc)
         self.retries += 1
         self.failing = True
@@ -338,6 +323,7 @@ class Writer:
             self._shape,
             selection=self.selection,
             uncertain_through=self._uncertain_through,
+            on_sending=self._server_works.set,
         )
         await into.begin()
         try:

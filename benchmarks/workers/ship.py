@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.worker import cpu, peak_mb, serve
+from salt_mysql_engine.engine import spare_collector
 from tests.support.shipping import Shipping
 
 _beside: list[tuple[threading.Thread, asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -53,4 +54,5 @@ def end() -> None:
 
 
 if __name__ == "__main__":
+    spare_collector()  # as the engine begins
     serve({"drain": drain, "begin": begin, "end": end})

@@ -19,7 +19,7 @@ FOLDERS = ("engines", "runners", "returners", "output")
 LAYERS = (
     {"errors", "jsontext", "settings", "tls", "salvage", "journalfile"},
     {"records", "sql", "database", "pillar", "jobcache", "moments", "pool", "steady", "partitions"},
-    {"schema", "rows", "stencil", "blueprint", "folding", "shadow", "backfill", "survey", "purge"},
+    {"schema", "stencil", "items", "rows", "blueprint", "folding", "shadow", "backfill", "survey", "purge"},
     {"bus", "capture", "journal", "batcher", "verify", "writer", "reconcile", "control", "handoff"},
     {"migrate", "retention", "pending", "reader", "search"},
     {"answers", "history"},

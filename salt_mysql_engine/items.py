@@ -1,0 +1,83 @@
+"""From an event to what a batch holds of it: its rows as SQL, or the reason why it has none. No I/O."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import records, sql
+from .records import Ignored, Opened, Record, Selection
+from .stencil import Stencils
+
+log = logging.getLogger(__name__)
+
+
+class Plain(NamedTuple):
+    """A return of which no more is kept than its row, for a batch of highstates would else take a hundred megabytes.
+
+    ``key`` is its jid and minion, ``body`` its event, for those who need all of it, and ``data`` what it says but for
+    the value, where that is known.
+    """
+
+    key: tuple[str, str]
+    body: bytes
+    data: dict[str, Any] | None = None
+
+
+class Item(NamedTuple):
+    """An event in a batch."""
+
+    seq: int
+    captured_at: float
+    outcome: Record | Plain | Ignored | None
+    return_row: bytes = b""
+    event_row: bytes = b""
+    size: int = 0
+    """Bytes of SQL, about."""
+    error: str = ""
+    """Why there is no outcome: a fault of ours, which makes the event a dead letter."""
+
+
+class Maker:
+    """Makes items by one choice of settings. ``event_key`` gives 16 bytes for an event's ``seq``, as no other has."""
+
+    def __init__(self, selection: Selection, event_key: Callable[[int], bytes]) -> None:
+        self._selection = selection
+        self._event_key = event_key
+        self._stencils = Stencils(selection)
+
+    def make(
+        self, seq: int, captured_at: float, body: bytes, event: Opened | Ignored | None = None, error: str = ""
+    ) -> Item:
+        """What an event becomes; ``event`` is what ``body`` holds, where somebody looked."""
+        if error:
+            return Item(seq, captured_at, None, error=error)
+        if isinstance(event, Ignored):
+            return Item(seq, captured_at, event)
+        try:
+            cut = self._stencils.cut(body)
+            if cut is not None:
+                key, row = cut
+                return Item(seq, captured_at, Plain(key, body), row, b"", len(row))
+            return self._made(seq, captured_at, body, event or records.open_event(body))
+        except Exception as exc:
+            log.exception("An event cannot be made a row, and goes to the dead letters")
+            return Item(seq, captured_at, None, error=f"{type(exc).__name__}: {exc}")
+
+    def _made(self, seq: int, captured_at: float, body: bytes, event: Opened | Ignored) -> Item:
+        if isinstance(event, Ignored):
+            return Item(seq, captured_at, event)
+        record = records.interpret(event, captured_at, self._selection)
+        if isinstance(record, Ignored):
+            return Item(seq, captured_at, record)
+        load, ret, stored = record
+        return_row = sql.return_row(ret) if ret else b""
+        if ret and not ret.trimmed and not load and not stored:
+            self._stencils.learn(body, record)
+            data = {key: value for key, value in ret.data.items() if key != "return"}
+            return Item(seq, captured_at, Plain((ret.jid, ret.id), body, data), return_row, b"", len(return_row))
+        event_row = sql.event_row(stored, self._selection.master_id, self._event_key(seq)) if stored else b""
+        # A load's text is made when it has met the one that stands; until then its event's size will do.
+        size = len(return_row) + len(event_row) + (len(body) if load else 0)
+        return Item(seq, captured_at, record, return_row, event_row, size)
