@@ -36,7 +36,7 @@ MAX_FRAME_BYTES = 64 * 1024 * 1024
 _RECONNECT_FIRST, _RECONNECT_MAX = 0.05, 1.0  # seconds
 _SHORT_LIVED = 1.0  # seconds
 _BREATH_SECONDS, _BREATH_BYTES = 0.02, 32 * 1024
-"""After a small read the next waits 5 ms for more to come: at 1,500 events a second each would else wake the
+"""After a small read the next waits 20 ms for more to come: at 1,500 events a second each would else wake the
 loop by itself, which costs more than everything else that the reader does. The kernel's buffer (208 KiB)
 holds what comes meanwhile; a read that found more than 32 KiB is followed by the next at once."""
 _READ_BYTES = 256 * 1024

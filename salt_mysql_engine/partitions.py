@@ -24,11 +24,10 @@ LAST = "pmax"
 
 
 class Partition(NamedTuple):
-    """``below``: the text that every jid in it is less than; ``None``: anything. ``rows``: the server's estimate."""
+    """``below``: the text that every jid in it is less than; ``None``: anything."""
 
     name: str
     below: str | None
-    rows: int = 0
 
 
 def begin(kind: str, on: datetime.date) -> datetime.date:
@@ -69,14 +68,20 @@ def clause(partitions: list[Partition]) -> str:
 async def look(session: Session, table: str) -> list[Partition]:
     """The table's partitions by range of ``jid``, the oldest first; none for a table that has none, or others."""
     rows = await session.query(
-        "SELECT PARTITION_NAME, PARTITION_DESCRIPTION, TABLE_ROWS FROM information_schema.PARTITIONS WHERE "
-        f"TABLE_SCHEMA = DATABASE() AND TABLE_NAME = {quote(table)} AND PARTITION_METHOD = 'RANGE COLUMNS' AND "
+        "SELECT PARTITION_NAME, PARTITION_DESCRIPTION FROM information_schema.PARTITIONS WHERE TABLE_SCHEMA = "
+        f"DATABASE() AND TABLE_NAME = {quote(table)} AND PARTITION_METHOD = 'RANGE COLUMNS' AND "
         "PARTITION_EXPRESSION = '`jid`' ORDER BY PARTITION_ORDINAL_POSITION"
     )
-    return [
-        Partition(name, None if bound == "MAXVALUE" else bound.strip("'"), int(estimate or 0))
-        for name, bound, estimate in rows
-    ]
+    return [Partition(name, None if bound == "MAXVALUE" else bound.strip("'")) for name, bound in rows]
+
+
+async def estimates(session: Session, table: str) -> dict[str, int]:
+    """About how many rows each partition of a table has, as the server thinks."""
+    rows = await session.query(
+        "SELECT PARTITION_NAME, TABLE_ROWS FROM information_schema.PARTITIONS WHERE TABLE_SCHEMA = DATABASE() "
+        f"AND TABLE_NAME = {quote(table)} AND PARTITION_NAME IS NOT NULL"
+    )
+    return {name: int(about or 0) for name, about in rows}
 
 
 async def extend(steady: Steady, table: str, kind: str, today: datetime.date) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from . import blueprint, moments, partitions, records, schema
@@ -141,7 +141,9 @@ class _Work:
         name = self._name
         found = await self._steady.transaction(lambda session: partitions.look(session, name))
         counted: dict[str, tuple[int, int]] = {}
-        for parts in _batches([part for part in found if _is_before(part, self._before)]):
+        about = await self._steady.transaction(lambda session: partitions.estimates(session, name))
+        old = {part.name: about.get(part.name, 0) for part in found if _is_before(part, self._before)}
+        for parts in _batches(old):
             counted |= await self._counted(parts)
         going = {part: rows for part, (rows, jids) in counted.items() if rows == jids}
         if self._archive:
@@ -307,17 +309,17 @@ def _is_before(part: partitions.Partition, before: float) -> bool:
     return part.below is not None and part.below <= moments.jid_at(before)
 
 
-def _batches(parts: list[partitions.Partition]) -> list[list[str]]:
-    """The names of partitions, as many together as one statement may count: asking for each, small as days are, takes
-    as long again as counting."""
+def _batches(parts: Mapping[str, int]) -> list[list[str]]:
+    """The names of partitions, by their rows as many together as one statement may count: asking for each, small as
+    days are, takes as long again as counting."""
     batches: list[list[str]] = []
     rows = 0
-    for part in parts:
-        if not batches or rows + part.rows > _COUNT_ROWS:
+    for name, about in parts.items():
+        if not batches or rows + about > _COUNT_ROWS:
             batches.append([])
             rows = 0
-        batches[-1].append(part.name)
-        rows += part.rows
+        batches[-1].append(name)
+        rows += about
     return batches
 
 

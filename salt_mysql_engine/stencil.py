@@ -31,6 +31,8 @@ from .records import Opened, Record, Return, Selection
 
 _MOST_BYTES = 64 * 1024
 """Of an event. What is larger is rarely said twice."""
+_MOST_PLACES = 400
+"""In an event: two for each of its states. More would take long to try out."""
 _SAMPLE, _SIGHTS = 16, 2
 """Of the events that went the long way one in 16 is looked at, and what was seen twice so gets a stencil: the look is
 wasted on what never comes again."""
@@ -184,6 +186,8 @@ def _look(body: bytes) -> _Sight | None:
     if ts_at >= 0:
         places.append((ts_at + len(_TS), ts_at + len(_TS) + _TS_BYTES, "I"))
     places.append((*stamp.span(1), "26s"))
+    if len(places) > _MOST_PLACES:
+        return None
     ends = [0, *(end for _, end, _ in places)]
     starts = [*(start for start, _, _ in places), len(body)]
     return _Sight(

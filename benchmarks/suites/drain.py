@@ -1,7 +1,8 @@
-"""What a journal holds becomes rows: pings (300 bytes), highstates (a real one of 20 states, 6.7 KB of JSON) and the
-500 KB output of a command. The engine's own inside (journal, writer, database) in a process of its own, beside
-others that put the same rows into the same table in batches of 500 with a COMMIT each: `executemany` of
-mysqlclient, of aiomysql and of asyncmy, and one `LOAD DATA LOCAL INFILE`.
+"""What a journal holds becomes rows: pings (300 bytes), highstates (a real one of 20 states, 6.7 KB of JSON, with
+times of each minion's own), those of which no two say the same, and the 500 KB output of a command. The engine's own
+inside (journal, writer, database) in a process of its own, beside others that put the same rows into the same table in
+batches of 500 with a COMMIT each: `executemany` of mysqlclient, of aiomysql and of asyncmy, and one `LOAD DATA LOCAL
+INFILE`.
 
 The peers' rows are ready when their clock starts; the engine unpacks events, makes both JSON texts, and deletes from
 its journal while its clock runs. "events by aiomysql" does the engine's work in the plainest way: unpack, two
@@ -42,6 +43,7 @@ def run(bench: Bench) -> list[Figure]:
     for kind, count in (
         ("ping", bench.size(40_000, 10_000)),
         ("highstate", bench.size(5_000, 1_000)),
+        ("unlike", bench.size(2_000, 500)),
         ("output", bench.size(40, 10)),
     ):
         bench.say(f"drain: {count:,} of {kind}, {bench.rounds} rounds")

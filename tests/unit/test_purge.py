@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from salt_mysql_engine import purge
-from salt_mysql_engine.partitions import Partition
 
 
 @pytest.mark.parametrize(
@@ -23,5 +22,5 @@ def test_partitions_are_counted_together_up_to_a_number_of_rows(
     monkeypatch: pytest.MonkeyPatch, rows: list[int], batches: list[str]
 ) -> None:
     monkeypatch.setattr(purge, "_COUNT_ROWS", 10)
-    parts = [Partition(str(number), "2", estimate) for number, estimate in enumerate(rows)]
+    parts = {str(number): about for number, about in enumerate(rows)}
     assert ["".join(batch) for batch in purge._batches(parts)] == batches
