@@ -162,6 +162,8 @@ class Writer:
             upcoming.cancel()
             self._server_works.set()
             await asyncio.wait({upcoming, *filter(None, [self._settling])}, timeout=_LAST_SETTLE_SECONDS)
+            if self._settling is not None:  # with the journal's disk full, say: it is all written once more, and known
+                self._settling.cancel()
             await self._drop_probe()
             if self._session is not None:
                 self._session.close()

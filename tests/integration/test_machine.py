@@ -285,11 +285,7 @@ class EngineAgainstAModel(RuleBasedStateMachine):
         """Lets the engine do all it can, and the time pass, deadline by deadline."""
         end = self.moment + seconds
         while True:
-            for _ in range(200):
-                self.loop.call_soon(self.loop.stop)
-                self.loop.run_forever()
-                if not self.loop._ready:  # type: ignore[attr-defined] # nothing left to do at this moment
-                    break
+            self.run_now()
             for task in self.tasks:
                 if task.done():
                     task.result()
@@ -299,6 +295,14 @@ class EngineAgainstAModel(RuleBasedStateMachine):
                 break
             self.moment = max(self.moment, min(due))
         self.moment = max(self.moment, end)
+
+    def run_now(self) -> None:
+        """Lets the engine do all that it can do at this moment."""
+        for _ in range(200):
+            self.loop.call_soon(self.loop.stop)
+            self.loop.run_forever()
+            if not self.loop._ready:  # type: ignore[attr-defined] # nothing left
+                break
 
     def do(self, work: Awaitable[Result]) -> Result:
         """An awaitable that needs no time to pass."""
@@ -455,7 +459,13 @@ class EngineAgainstAModel(RuleBasedStateMachine):
     def end(self) -> None:
         for task in self.tasks:
             task.cancel()
-        self.loop.run_until_complete(asyncio.gather(*self.tasks, return_exceptions=True))
+        for _ in range(30):
+            self.run_now()
+            if all(task.done() for task in self.tasks):
+                break
+            self.moment += 0.1
+        assert all(task.done() for task in self.tasks), "an actor does not end"
+        self.run_now()
         self.journal.close()
 
     # What must hold at every moment
