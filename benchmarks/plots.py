@@ -42,6 +42,7 @@ PLOTS: Final[Mapping[str, Sequence[Plot]]] = {
         Plot("Pings from the journal to rows", r"ping: (.*), rows a second", "rows a second"),
         Plot("Highstates from the journal to rows", r"highstate: (.*), rows a second", "rows a second"),
     ],
+    "sizes": [Plot("What batch_size is worth", r"(batch_size .*): rows a second", "rows a second", log=True)],
     "bus": [Plot("CPU of an event", r"(.*), CPU an event", "µs")],
     "master": [Plot("Jobs of 50 minions a second", r"(.*: jobs of 50 minions a second, .*)", "jobs a second")],
 }

@@ -116,8 +116,8 @@ class Verifier:
                     remembered = True
                 if self._waiting:
                     await self._look_again()
-                if self.enabled and loop.time() >= ahead_at:
-                    more = await self._look_ahead()
+                if loop.time() >= ahead_at:
+                    more = self.enabled and self._journal.pending > 0 and await self._look_ahead()
                     ahead_at = loop.time() + (_LOOK_SECONDS if more else _AHEAD_SECONDS)
             except sqlite3.Error as exc:
                 log.debug("The journal cannot be used now: %s", exc)  # capture and writer say it

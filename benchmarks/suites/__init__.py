@@ -12,6 +12,7 @@ NAMES: Final = (
     "purging",
     "handoff",
     "drain",
+    "sizes",
     "memory",
     "bus",
     "lag",
