@@ -43,7 +43,7 @@ class Maker:
     """Makes items by one choice of settings. ``event_key`` gives 16 bytes for an event's ``seq``, as no other has."""
 
     def __init__(self, selection: Selection, event_key: Callable[[int], bytes]) -> None:
-        self._selection = selection
+        self.selection = selection
         self._event_key = event_key
         self._stencils = Stencils(selection)
 
@@ -68,7 +68,7 @@ class Maker:
     def _made(self, seq: int, captured_at: float, body: bytes, event: Opened | Ignored) -> Item:
         if isinstance(event, Ignored):
             return Item(seq, captured_at, event)
-        record = records.interpret(event, captured_at, self._selection)
+        record = records.interpret(event, captured_at, self.selection)
         if isinstance(record, Ignored):
             return Item(seq, captured_at, record)
         load, ret, stored = record
@@ -77,7 +77,7 @@ class Maker:
             self._stencils.learn(body, record)
             data = {key: value for key, value in ret.data.items() if key != "return"}
             return Item(seq, captured_at, Plain((ret.jid, ret.id), body, data), return_row, b"", len(return_row))
-        event_row = sql.event_row(stored, self._selection.master_id, self._event_key(seq)) if stored else b""
+        event_row = sql.event_row(stored, self.selection.master_id, self._event_key(seq)) if stored else b""
         # A load's text is made when it has met the one that stands; until then its event's size will do.
         size = len(return_row) + len(event_row) + (len(body) if load else 0)
         return Item(seq, captured_at, record, return_row, event_row, size)

@@ -296,7 +296,7 @@ class Journal:
             "SELECT seq, captured_at, body, trusted FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, rows)
         ):
             if type(body) is not bytes or type(captured_at) is not float:
-                salvage.require(False, f"event {seq}")
+                salvage.require(False, f"event {seq}")  # in here, for the text takes as long as the check
             entries.append(Entry(seq, captured_at, body, bool(trusted) or seq <= self._verified_through))
             max_bytes -= len(body)
             if max_bytes <= 0:

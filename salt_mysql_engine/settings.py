@@ -86,7 +86,7 @@ OPTIONS: dict[str, Option] = {
     "batch_bytes": Option(
         4 * 1024 * 1024,
         "SQL text in a batch: a batch never holds more, but for a single row that is larger. Statements "
-        "are also kept under the server's max_allowed_packet.",
+        "end at 1 MiB, or below the server's max_allowed_packet.",
         16 * 1024,
         256 * 1024 * 1024,
         unit="bytes",

@@ -36,8 +36,9 @@ KEEP_EVENTS = b" ON DUPLICATE KEY UPDATE `id` = `salt_events`.`id`"
 MAX_KEYS = 1000
 """Rows that one SELECT looks for."""
 
-MAX_STATEMENT_BYTES = 1 * 1024 * 1024
-"""Larger statements are no quicker, and their memory is cleared by the kernel again and again."""
+MAX_STATEMENT_BYTES = 1024 * 1024
+"""Larger statements are no quicker where the server is near, and the kernel clears their memory again and again. A
+server that is far away takes a round trip for each."""
 
 STATEMENT_ROOM = 1024
 """Bytes that a statement needs beside its rows; more than any head and tail above."""

@@ -80,7 +80,7 @@ class Stencils:
     """What was learnt from returns that were made rows the long way, for one choice of settings."""
 
     def __init__(self, selection: Selection) -> None:
-        self.selection = selection
+        self._selection = selection
         self._by_length: dict[int, list[_Stencil]] = {}
         self._known: set[tuple[bytes, ...]] = set()
         self._bytes = 0
@@ -98,7 +98,7 @@ class Stencils:
     def learn(self, body: bytes, record: Record) -> None:
         """Looks at an event that became a row the long way."""
         self._passed += 1
-        if self._passed % _SAMPLE or record.ret is None or record.ret.trimmed or self.selection.wants_events:
+        if self._passed % _SAMPLE or record.ret is None or record.ret.trimmed or self._selection.wants_events:
             return
         sight = _look(body)
         if sight is None or sight.same in self._known:
@@ -160,7 +160,7 @@ class Stencils:
 
     def _long_way(self, sight: _Sight) -> Return | None:
         event = records.open_event(_body(sight))
-        record = records.interpret(event, 0.0, self.selection) if isinstance(event, Opened) else None
+        record = records.interpret(event, 0.0, self._selection) if isinstance(event, Opened) else None
         return record.ret if isinstance(record, Record) else None
 
 

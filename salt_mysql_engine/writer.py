@@ -116,7 +116,7 @@ class Writer:
         self._server_works = asyncio.Event()
         """Set while there is time for everything but sending: the server works, or is away, or no batch is ready."""
         self._server_works.set()
-        self._made_by, self._maker = selection, Maker(selection, journal.event_key)
+        self._maker = Maker(selection, journal.event_key)
         self._said = Fault(0.0, "")
         self._settled: asyncio.Event = asyncio.Event()
 
@@ -210,8 +210,8 @@ class Writer:
             handle.cancel()
 
     async def _take_in(self, events: list[Entry | Checked], now: float) -> None:
-        if self._made_by is not self.selection:
-            self._made_by, self._maker = self.selection, Maker(self.selection, self._journal.event_key)
+        if self._maker.selection is not self.selection:
+            self._maker = Maker(self.selection, self._journal.event_key)
         wall = time.time()
         until = time.monotonic() + _AT_A_TIME_SECONDS
         for each in events:
