@@ -92,7 +92,8 @@ WAL_BYTES = 4 * 1024 * 1024
 """From this size on the engine empties the write-ahead log."""
 _FEW_PAGES = 256
 _OPEN_AGAIN_SECONDS = 0.01
-_MAX_APPEND_ROWS = 190  # times five values: SQLite before 3.32 takes 999 in a statement
+_MAX_APPEND_ROWS = 128  # times five values: SQLite before 3.32 takes 999 in a statement
+_APPEND_BYTES = 256 * 1024
 
 
 class NewEvent(NamedTuple):
@@ -266,11 +267,28 @@ def size_of(events: Sequence[NewEvent]) -> int:
 
 def insert(db: sqlite3.Connection, events: Sequence[NewEvent]) -> None:
     """Adds events, inside the caller's transaction."""
-    for start in range(0, len(events), _MAX_APPEND_ROWS):
-        chunk = events[start : start + _MAX_APPEND_ROWS]
+    start = 0
+    while start < len(events):
         # One statement for many rows: executemany() takes twice the time, most of it handing
         # the interpreter's lock to and fro around every row.
+        chunk = _chunk(events, start)
         db.execute(_insert(len(chunk)), [value for event in chunk for value in event])
+        start += len(chunk)
+
+
+def _chunk(events: Sequence[NewEvent], start: int) -> Sequence[NewEvent]:
+    """The next events for one statement: a power of two of them, and more than one only of small ones.
+
+    A connection keeps its statements, each for a number of rows, and a statement keeps its last values. With any
+    number of rows of any size that would be a hundred megabytes.
+    """
+    count, size = 0, 0
+    for event in events[start : start + _MAX_APPEND_ROWS]:
+        size += len(event.body)
+        if count and size > _APPEND_BYTES:
+            break
+        count += 1
+    return events[start : start + (1 << count.bit_length() - 1)]
 
 
 def count(db: sqlite3.Connection, counts: Mapping[str, int]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import psutil
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -128,6 +129,20 @@ def test_an_append_of_many_events_is_all_or_none(journal: Journal) -> None:
         assert (journal.pending, journal.books()["captured"]) == (0, 0)
     journal.append(events(600))
     assert (len(everything(journal)), journal.books()["captured"]) == (600, 600)
+
+
+def test_an_open_journal_does_not_keep_in_memory_what_it_appended(journal: Journal) -> None:
+    """SQLite's statements keep their last values: a group of each size once held its events for good."""
+    before = psutil.Process().memory_info().rss
+    for count in range(1, 191):
+        group = events(count, body=bytes(10_000))
+        journal.append(group)
+        entries = everything(journal)
+        assert [(entry.captured_at, entry.body) for entry in entries] == [
+            (each.captured_at, each.body) for each in group
+        ]
+        journal.settle(Settlement([entry.seq for entry in entries], {"written": count}, {}))
+    assert psutil.Process().memory_info().rss - before < 40 * 2**20  # of 181 MB
 
 
 def test_a_settlement_is_all_or_none(journal: Journal) -> None:
