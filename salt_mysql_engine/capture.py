@@ -9,7 +9,6 @@ dropped and counted. An append that fails is tried again: its events stay at the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import sqlite3
@@ -49,8 +48,8 @@ class Capture:
         on_loss: Callable[[], None] = lambda: None,
     ) -> None:
         self.selection = selection
-        self.handed_off: Callable[[records.Tag], bool] = lambda _: False
-        """Whether a job comes whole and unforgeable from the master's own processes, and not from here."""
+        self.handed_off = False
+        """Whether jobs come whole and unforgeable from the master's own processes, and not from here."""
         self.dropped = 0
         """Events lost because memory was full, not yet in the books."""
         self.last_error = ""
@@ -63,8 +62,8 @@ class Capture:
         self._group: list[NewEvent] = []
         """What is being journalled."""
         self._bytes = 0
-        self._full = asyncio.Event()
         self._some = asyncio.Event()
+        self._due = asyncio.Event()
         self._writing = asyncio.Lock()
 
     @property
@@ -74,28 +73,32 @@ class Capture:
 
     def on_event(self, body: bytes) -> None:
         """Takes one event of the bus, or leaves it."""
-        end = body.find(records.SEPARATOR, 0, records.MAX_TAG_BYTES)
-        try:
-            tag = body[:end].decode() if end > 0 else ""
-        except UnicodeDecodeError:
-            return
-        job = records.parse_tag(tag)
-        if job is None or not self.selection.wants_job(job) or self.handed_off(job):
-            if not self.selection.wants_event(tag) or tag.startswith(records.PRIVATE):
+        plain = records.PLAIN_RETURN.match(body)
+        if plain is not None and not self.handed_off:  # nearly all are
+            jid, minion = plain[1].decode(), plain[2].decode()
+        else:
+            end = body.find(records.SEPARATOR, 0, records.MAX_TAG_BYTES)
+            try:
+                tag = body[:end].decode() if end > 0 else ""
+            except UnicodeDecodeError:
                 return
-            if job is not None and self.handed_off(job):
-                job, body = None, records.chosen_event(body)
+            job = records.parse_tag(tag)
+            if job is None or not self.selection.wants_job(job) or self.handed_off:
+                if not self.selection.wants_event(tag) or tag.startswith(records.PRIVATE):
+                    return
+                if job is not None and self.handed_off:
+                    job, body = None, records.chosen_event(body)
+            jid, minion = ("", "") if job is None else (job.jid, job.minion or self._master_of(job))
         if self._bytes >= MEMORY_BYTES:
             if not self.dropped:
                 log.error("Memory for events is full and the journal is not taking any; dropping and counting")
             self.dropped += 1
             return
-        jid, minion = ("", "") if job is None else (job.jid, job.minion or self._master_of(job))
         self._held.append(NewEvent(time.time(), jid, minion, body))
         self._bytes += len(body) + _EVENT_BYTES
         self._some.set()
         if len(self._held) >= GROUP_EVENTS:
-            self._full.set()
+            self._due.set()
 
     def _master_of(self, job: records.Tag) -> str:
         """Whose return a runner's or wheel's is, as the job cache has it."""
@@ -103,10 +106,12 @@ class Capture:
 
     async def run(self) -> None:
         """Journals groups until cancelled. To lose nothing, :meth:`drain` once before cancelling."""
+        loop = asyncio.get_running_loop()
         while True:
             await self._some.wait()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._full.wait(), GROUP_SECONDS)
+            timer = loop.call_later(GROUP_SECONDS, self._due.set)
+            await self._due.wait()
+            timer.cancel()
             try:
                 await self.drain()
             except sqlite3.Error as exc:
@@ -121,7 +126,7 @@ class Capture:
         """
         async with self._writing:
             self._some.clear()
-            self._full.clear()
+            self._due.clear()
             left = len(self._held)
             while left > 0 or self.dropped:
                 left -= await self._journal_some(left)

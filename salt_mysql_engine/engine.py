@@ -108,8 +108,7 @@ class Engine:
             on_loss=lambda: self._ask_reconcile("events that were dropped", 0.0),
         )
         self._handed_off = handoff.is_used(self._opts)
-        if self._handed_off:
-            self._capture.handed_off = lambda _: True
+        self._capture.handed_off = self._handed_off
         self._reconciler = (
             Reconciler(
                 self._journal,

@@ -36,6 +36,9 @@ MAX_NAME_CHARACTERS = 255
 MAX_FUN_CHARACTERS = 255
 """Width of ``salt_returns.fun``; a longer list of functions is cut, and is whole in ``full_ret``."""
 
+PLAIN_RETURN = re.compile(rb"salt/job/(\d{20})/ret/([A-Za-z0-9._-]{1,255})\n\n")
+"""The beginning of nearly every event: the jid and minion of a job's return, where they are of the ordinary kind."""
+
 TRIMMED = "VALUE_TRIMMED"
 """What Salt puts in a value's place (salt/utils/dicttrim.py)."""
 _TRIMMED_BYTES = TRIMMED.encode()

@@ -39,7 +39,6 @@ wasted on what never comes again."""
 _MOST_SEEN, _MOST_KNOWN_BYTES, _MOST_OF_A_LENGTH = 4096, 2 * 1024 * 1024, 8
 """What is remembered, for events come from strangers. It is forgotten all at once when it is too much."""
 
-_HEAD = re.compile(rb"salt/job/(\d{20})/ret/([A-Za-z0-9._-]{1,255})\n\n")
 _PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-"
 _CLOCK = b"0123456789:."
 _JID, _TS, _TS_BYTES = b"\xa3jid\xb4", b"\xa2ts\xce", 4
@@ -166,7 +165,7 @@ class Stencils:
 
 def _look(body: bytes) -> _Sight | None:
     """Takes an event apart, if it is one of those that a stencil could be made of."""
-    if len(body) > _MOST_BYTES or (head := _HEAD.match(body)) is None:
+    if len(body) > _MOST_BYTES or (head := records.PLAIN_RETURN.match(body)) is None:
         return None
     jid, minion = head.groups()
     size = len(minion)

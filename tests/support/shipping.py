@@ -97,8 +97,7 @@ class Shipping:
         self.writer.partitions = chosen.partitions
         self.capture = Capture(self.journal, self._in_journal, selection, on_append=self.writer.announce)
         self._handed_off = handed_off
-        if handed_off:
-            self.capture.handed_off = lambda _: True
+        self.capture.handed_off = handed_off
         self.reconciler: Reconciler | None = None
         if reconcile:
             assert cache is not None
