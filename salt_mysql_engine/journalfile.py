@@ -92,8 +92,8 @@ WAL_BYTES = 4 * 1024 * 1024
 """From this size on the engine empties the write-ahead log."""
 _FEW_PAGES = 256
 _OPEN_AGAIN_SECONDS = 0.01
-_MAX_APPEND_ROWS = 128  # times five values: SQLite before 3.32 takes 999 in a statement
-_APPEND_BYTES = 256 * 1024
+_MAX_APPEND_ROWS = 190  # times five values: SQLite before 3.32 takes 999 in a statement
+_APPEND_BYTES = 64 * 1024
 
 
 class NewEvent(NamedTuple):
@@ -277,18 +277,18 @@ def insert(db: sqlite3.Connection, events: Sequence[NewEvent]) -> None:
 
 
 def _chunk(events: Sequence[NewEvent], start: int) -> Sequence[NewEvent]:
-    """The next events for one statement: a power of two of them, and more than one only of small ones.
+    """The next events for one statement: many only of small ones.
 
-    A connection keeps its statements, each for a number of rows, and a statement keeps its last values. With any
+    A connection keeps its statements, one for each number of rows, and a statement keeps its last values. With any
     number of rows of any size that would be a hundred megabytes.
     """
-    count, size = 0, 0
+    end, room = start, _APPEND_BYTES
     for event in events[start : start + _MAX_APPEND_ROWS]:
-        size += len(event.body)
-        if count and size > _APPEND_BYTES:
+        room -= len(event.body)
+        if room < 0 and end > start:
             break
-        count += 1
-    return events[start : start + (1 << count.bit_length() - 1)]
+        end += 1
+    return events[start:end]
 
 
 def count(db: sqlite3.Connection, counts: Mapping[str, int]) -> None:
