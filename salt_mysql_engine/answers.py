@@ -61,15 +61,14 @@ class Answers:
         return self._ask(lambda db: db.jobs(after)) or []
 
     def newest_jobs(self, count: int, *, skip: str = "") -> list[tuple[str, dict[str, Any]]]:
-        """The newest ``count`` jobs but those of the function ``skip``, oldest first."""
+        """The newest ``count`` jobs but those of the function ``skip``, oldest first; each with its load as stored."""
         pending = self._pending.jobs()
         jobs = dict(self._ask(lambda db: db.newest_jobs(count, skip=skip)) or [])
         for jid, job in pending.items():
             load = job.load_over(jobs.get(jid, {}))
             if load and (not skip or load.get("fun") != skip):
                 jobs[jid] = load
-        newest = sorted(jobs)[-count:] if count > 0 else []
-        return [(jid, load_as_cached(jobs[jid])) for jid in newest]
+        return [(jid, jobs[jid]) for jid in sorted(jobs)[-count:]] if count > 0 else []
 
     def last_of_function(self, fun: str) -> dict[str, dict[str, Any]]:
         """The newest whole return of each minion for a function."""

@@ -103,7 +103,7 @@ class Reader:
     def newest_jobs(self, count: int, *, skip: str = "") -> list[tuple[str, dict[str, Any]]]:
         """The newest ``count`` jobs but those of the function ``skip``, newest first."""
         found: list[tuple[str, dict[str, Any]]] = []
-        before, page = "", min(count + 10, _PAGE_ROWS)
+        before, read, page = "", 0, min(count + 10, _PAGE_ROWS)
         while len(found) < count:
             where, values = ("WHERE `jid` < %s ", [before]) if before else ("", [])
             rows = self.query(f"SELECT `jid`, `load` FROM `jids` {where}ORDER BY `jid` DESC LIMIT %s", *values, page)
@@ -111,7 +111,9 @@ class Reader:
             found += [(jid, load) for jid, load in _by_jid(rows) if not skip or load.get("fun") != skip]
             if len(rows) < page:
                 break
-            before, page = rows[-1][0], min(2 * page, _PAGE_ROWS)
+            before, read = rows[-1][0], read + page
+            # As many as hold what is missing, if it goes on like this.
+            page = min((count - len(found)) * (1 + read // max(1, len(found))) + 10, _PAGE_ROWS)
         return found[:count]
 
     def last_of_function(self, fun: str) -> dict[str, dict[str, Any]]:
