@@ -30,6 +30,8 @@ _CHUNK_SECONDS = 0.01
 slowest of thousands takes five times as long. Larger chunks would do the whole hardly sooner."""
 _CHUNK_FIRST, _CHUNK_LEAST, _CHUNK_MOST = 50, 10, 300  # rows
 _COPY_ROWS = 1000
+_DROP_PARTITIONS = 5
+"""At once: everybody else waits while the server deletes their files, some 10 ms each."""
 _COUNT_ROWS = 1_000_000
 """That one statement may count: well below its timeout, also from a cold disk."""
 
@@ -161,9 +163,13 @@ class _Work:
         await self._drop({part: rows})
 
     async def _drop(self, parts: dict[str, int]) -> None:
-        listed = ", ".join(f"`{part}`" for part in parts)
-        await self._steady.change(f"ALTER TABLE `{self._name}` DROP PARTITION {listed}")
-        self._count(sum(parts.values()))
+        names = list(parts)
+        for start in range(0, len(names), _DROP_PARTITIONS):
+            some = names[start : start + _DROP_PARTITIONS]
+            await self._steady.change(
+                f"ALTER TABLE `{self._name}` DROP PARTITION {', '.join(f'`{part}`' for part in some)}"
+            )
+            self._count(sum(parts[part] for part in some))
 
     async def _counted(self, parts: list[str]) -> dict[str, tuple[int, int]]:
         """The rows of partitions, and those with a true jid: from the shortest index, not one byte of a return."""

@@ -182,6 +182,28 @@ def test_partitions_that_are_too_old_are_dropped_but_for_one_with_a_jid_that_is_
         assert jids(database, "jids_archive") == {job(days) for days in range(30, 60)}
 
 
+def test_partitions_are_dropped_few_at_a_time(database: Scratch, tmp_path: Path) -> None:
+    """Everybody waits while the server deletes files, for as long as there are files in one statement."""
+    make_ours(database)
+    today = NOW.date()
+    clause = partitions.clause(partitions.layout("day", today - datetime.timedelta(days=42), today))
+    for table in schema.PARTITIONED:
+        database.sql(f"ALTER TABLE {table} {clause}")
+    for days in range(43):
+        add_job(database, job(days), "web1")
+    before = altered(database)
+    did = upkeep.purge(opts_of(database, tmp_path), 30, False, QUIET)
+    assert len(did["partitions_dropped"]) == 2 * 12
+    assert altered(database) - before == 2 * 3
+    assert jids(database) == jids(database, "salt_returns") == {job(days) for days in range(31)} - {job(30)}
+
+
+def altered(database: Scratch) -> int:
+    """The server's ALTER TABLE statements so far."""
+    ((_, count),) = database.sql("SHOW GLOBAL STATUS LIKE 'Com_alter_table'")
+    return int(count)
+
+
 # What an operator may ask
 
 
