@@ -27,12 +27,13 @@ HERE = Path(__file__).parent
 RESULTS, TABLE, PLOTS = HERE / "results.json", HERE / "RESULTS.md", HERE / "plots"
 NOTES = HERE / "NOT_REACHED.md"
 """Ends RESULTS.md: written by people."""
+_ALL = (*suites.NAMES, *suites.ASKED_FOR)
 
 
 def main() -> int:
     """Runs what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--suite", action="append", choices=suites.NAMES, help="only this one; may be given again")
+    parser.add_argument("--suite", action="append", choices=_ALL, help="only this one; may be given again")
     parser.add_argument("--quick", action="store_true", help="small, and compared with the committed ratios")
     parser.add_argument("--save", action="store_true", help="write results.json, RESULTS.md and the plots")
     args = parser.parse_args()
@@ -60,7 +61,7 @@ def _measure(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mjc-bench-")))
         bench = Bench(folder, stack, quick=quick)
         machine = bench.machine()
-        for name in [name for name in suites.NAMES if name in names]:
+        for name in [name for name in _ALL if name in names]:
             result = _run(bench, name, machine)
             if quick and compare and name in saved["quick"]:
                 # A busy moment of the machine spoils a round; what is slower is slower twice.
@@ -97,7 +98,7 @@ def save(saved: dict[str, dict[str, Any]]) -> None:
 
     RESULTS.write_text(json.dumps(saved, indent=1) + "\n")
     parts = [f"# Results\n\n{_INTRODUCTION}\n"]
-    for name in suites.NAMES:
+    for name in _ALL:
         result = saved["full"].get(name) or saved["quick"].get(name)
         if result is not None:
             about = (suites.suite(name).__doc__ or "").strip()

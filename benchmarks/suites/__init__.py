@@ -22,6 +22,9 @@ NAMES: Final = (
 )
 """``reading``, ``growth`` and ``purging`` share the loaded tables; the last one deletes half of them."""
 
+ASKED_FOR: Final = ("scale",)
+"""Too long for a run of everything: what runs only when it is named."""
+
 GUARDED: Final = ("reading", "handoff", "drain", "bus")
 """Those with ratios to compare: what ``--quick`` runs, unless others are named."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,28 @@ def run(bench: Bench) -> list[Figure]:
         ("unlike", bench.size(2_000, 500)),
         ("output", bench.size(40, 10)),
     ):
-        bench.say(f"drain: {count:,} of {kind}, {bench.rounds} rounds")
-        full = bench.folder / f"journal-{kind}"
-        fill(full, count, kind)
-        took: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, *_PEERS)}
-        with contextlib.ExitStack() as stack:
-            workers = {name: stack.enter_context(Worker("ship" if name == OURS else "peers")) for name in took}
-            for _ in range(bench.rounds):
-                for name, rounds in took.items():
-                    empty(bench.db, "drain")
-                    rounds.append(_once(bench, name, workers[name], mysql, full, count, kind))
-        forget(full)
-        figures += _figures(kind, took)
+        figures += compare(bench, mysql, kind, count, _PEERS)
     return figures
+
+
+def compare(bench: Bench, mysql: dict[str, Any], kind: str, count: int, peers: Sequence[str]) -> list[Figure]:
+    """So many returns of a kind, by the engine and its peers in turns."""
+    bench.say(f"drain: {count:,} of {kind}, {bench.rounds} rounds")
+    full = bench.folder / f"journal-{kind}"
+    fill(full, count, kind)
+    took: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, *peers)}
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker("ship" if name == OURS else "peers")) for name in took}
+        one = bench.folder / "journal-one"
+        fill(one, 1, kind)
+        workers[OURS].ask("drain", journal=str(one), mysql=mysql, options={})  # imports, and a first connection
+        forget(one)
+        for _ in range(bench.rounds):
+            for name, rounds in took.items():
+                empty(bench.db, mysql["mysql.db"])
+                rounds.append(_once(bench, name, workers[name], mysql, full, count, kind))
+    forget(full)
+    return _figures(kind, took)
 
 
 def fill(folder: Path, count: int, kind: str, first: int = 0) -> None:
@@ -89,7 +99,7 @@ def _once(
         assert done["books"]["written"] == count, done["books"]
     else:
         done = worker.ask("insert", peer=name, mysql=mysql, count=count, kind=kind, folder=str(bench.folder))
-    ((stored,),) = bench.db.sql("SELECT COUNT(*) FROM salt_returns", db="drain")
+    ((stored,),) = bench.db.sql("SELECT COUNT(*) FROM salt_returns", db=mysql["mysql.db"])
     assert stored == count, (name, stored, count)
     return {"rows": count / done["seconds"], "cpu": done["cpu"] / count * 1e6, "mb": done["peak_mb"]}
 
@@ -102,7 +112,7 @@ def _figures(kind: str, took: dict[str, list[dict[str, float]]]) -> list[Figure]
         figures.append(
             Figure(name=f"{kind}: {name}, client CPU a row", rounds=tuple(one["cpu"] for one in rounds), unit="µs")
         )
-    for name in _PEERS:
+    for name in list(took)[1:]:
         goals = _GOALS.get((kind, name), {})
         for what, more in (("rows", True), ("cpu", False)):
             title = "rows a second" if what == "rows" else "client CPU a row"
