@@ -61,6 +61,7 @@ def compare(bench: Bench, mysql: dict[str, Any], kind: str, count: int, peers: S
         workers = {name: stack.enter_context(Worker("ship" if name == OURS else "peers")) for name in took}
         one = bench.folder / "journal-one"
         fill(one, 1, kind)
+        empty(bench.db, mysql["mysql.db"])
         workers[OURS].ask("drain", journal=str(one), mysql=mysql, options={})  # imports, and a first connection
         forget(one)
         for _ in range(bench.rounds):

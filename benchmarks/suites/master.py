@@ -1,6 +1,6 @@
 """What real masters do: a job is published through the master's request server as `salt` does it, and 50 simulated
 minions, each with a key of its own, answer over the real request channel; the next job follows. Masters with
-different job caches take turns, a few jobs each, while the database is healthy, 50 ms away, frozen and down:
+different job caches take turns, five jobs each, while the database is healthy, 50 ms away, frozen and down:
 
 * `local_cache` alone, and with the engine beside (what it costs the master that the engine listens);
 * `mysql_jobcache` as `master_job_cache`, the engine shipping;
@@ -13,6 +13,7 @@ than the figures. The CPU of the MWorkers is given as well. A job that was not d
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -150,7 +151,8 @@ def _measure(bench: Bench, sites: dict[str, _Site], state: str) -> Took:
     for _ in range(bench.rounds):
         for name, site in sites.items():
             waits = state != "healthy" and name == SALTEXT
-            took[name].append(site.jobs(1 if waits else bench.size(3, 2), _FEW if waits else _MINIONS))
+            os.sync()  # what the one before left to be written is not this one's
+            took[name].append(site.jobs(1 if waits else bench.size(5, 2), _FEW if waits else _MINIONS))
     return took
 
 

@@ -17,13 +17,13 @@ from tests.support.proxy import Proxy
 
 _SIZES: Final = (50, 100, 500, 1000, 2000, 5000)
 _AWAY_SECONDS: Final = 0.05
-_AWAY_BATCHES: Final = 8
+_AWAY_BATCHES: Final = 5
 
 
 def run(bench: Bench) -> list[Figure]:
     """Sizes by turns."""
     near = bench.database("sizes")
-    count = bench.size(20_000, 5_000)
+    count = bench.size(10_000, 5_000)
     took: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
         proxy = stack.enter_context(Proxy(bench.db.host, bench.db.port))
