@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from . import jsontext, records, sql
@@ -39,8 +39,9 @@ class Written(NamedTuple):
 class Rows:
     """Writes rows into tables of one shape.
 
-    ``on_sending`` is called when most of a batch is about to be sent, and the server will be busy for a while;
-    ``uncertain_through``: events up to this ``seq`` may have been written before, by a COMMIT whose answer was lost.
+    ``known_jobs`` are jids that have their row in ``jids``. ``on_sending`` is called when most of a batch is about to
+    be sent, and the server will be busy for a while; ``uncertain_through``: events up to this ``seq`` may have been
+    written before, by a COMMIT whose answer was lost.
     """
 
     def __init__(
@@ -49,14 +50,18 @@ class Rows:
         shape: Shape,
         *,
         selection: Selection,
+        known_jobs: Container[str],
         uncertain_through: int,
         on_sending: Callable[[], None],
     ) -> None:
         self._session = session
         self._shape = shape
         self._selection = selection
+        self._known_jobs = known_jobs
         self._on_sending = on_sending
         self._uncertain_through = uncertain_through
+        self.jobs: set[str] = set()
+        """The jids that have their row in ``jids`` once what was written is committed."""
         self._as_ever = shape.utf8mb4 and shape.alter_time and shape.fun_characters >= records.MAX_FUN_CHARACTERS
         """Whether a return's prepared row fits."""
 
@@ -151,11 +156,11 @@ class Rows:
             there = await self._returned(keys)
             keys = [key for key in keys if key not in there]
         head = sql.INSERT_RETURNS if self._shape.alter_time else sql.INSERT_RETURNS_UNTIMED
-        return await self._insert(head, [self._return_row(firsts[key]) for key in keys], sql.KEEP_RETURNS)
+        items = [firsts[key] for key in keys]
+        rows = [item.return_row for item in items] if self._as_ever else map(self._fitted_row, items)
+        return await self._insert(head, rows, sql.KEEP_RETURNS)
 
-    def _return_row(self, item: Item) -> bytes:
-        if self._as_ever:
-            return item.return_row
+    def _fitted_row(self, item: Item) -> bytes:
         return sql.return_row(self._fitted(self._return(item)), timed=self._shape.alter_time)
 
     def _fitted(self, ret: Return) -> Return:
@@ -190,7 +195,11 @@ class Rows:
         for jid, load in loads:
             published[jid] = records.merged_load(published.get(jid), load)
         alone = {jid for jid, load in published.items() if records.is_minions_alone(load)}
-        new = {jid: self._load_of_return(item) for jid, item in of_jobs.items() if jid not in published or jid in alone}
+        new = {
+            jid: self._load_of_return(item)
+            for jid, item in of_jobs.items()
+            if jid not in self._known_jobs and (jid not in published or jid in alone)
+        }
         changed: set[str] = set()
         looked_for = sorted({**published, **new} if "jids" not in self._shape.unique else published)
         stored: dict[str, str] = {}
@@ -217,6 +226,7 @@ class Rows:
             if jid not in stored
         ]
         await self._insert(head, rows, sql.KEEP_LOADS)
+        self.jobs = {*of_jobs, *published} - (alone - of_jobs.keys())
         return changed
 
     def _columns(self, load: dict[str, Any]) -> tuple[str, str, str] | None:

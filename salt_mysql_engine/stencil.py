@@ -56,6 +56,8 @@ class _Stencil(NamedTuple):
     has_ts: bool
     row: bytes
     """With a place for each value."""
+    said: bytes
+    """What the return says, with a place for each of its times; it stands in the row twice. Empty: it says none."""
 
 
 class _Sight(NamedTuple):
@@ -121,11 +123,11 @@ class Stencils:
             del alike[_MOST_OF_A_LENGTH:]
 
     def _made(self, sight: _Sight) -> _Stencil | None:
-        row = self._row_with_places(sight)
-        if row is None:
+        places = self._row_with_places(sight)
+        if places is None:
             return None
         parts = (f"{len(same)}s{packed}" for same, packed in zip(sight.same, (*sight.formats, ""), strict=True))
-        stencil = _Stencil(struct.Struct(">" + "".join(parts)), sight.same, sight.has_ts, row)
+        stencil = _Stencil(struct.Struct(">" + "".join(parts)), sight.same, sight.has_ts, *places)
         for each in (sight, _other(sight)):
             ret, pieces = self._long_way(each), stencil.layout.unpack(_body(each))
             cut = _filled(stencil, pieces[1::2])
@@ -133,7 +135,7 @@ class Stencils:
                 return None
         return stencil
 
-    def _row_with_places(self, sight: _Sight) -> bytes | None:
+    def _row_with_places(self, sight: _Sight) -> tuple[bytes, bytes] | None:
         marked, marks = _marked(sight)
         ret = self._long_way(marked)
         if ret is None:
@@ -150,12 +152,17 @@ class Stencils:
         # JSON spells out what marks a place, but a function's name may hold it.
         if row.count(b"\0") != 6 or row.count(b"\1") != sight.has_ts:
             return None
-        row = row.replace(b"%", b"%%").replace(b"\0", b"%b").replace(b"\1", b"%d")
-        for mark, packed in marks:
-            if row.count(mark) != 2:  # in `return` and in `full_ret`
+        row = row.replace(b"%", b"%%")
+        said = sql.quote(ret.return_json)[1:-1].replace("%", "%%").encode() if marks else b""
+        if marks:
+            if row.count(said) != 2:  # in `return` and in `full_ret`
                 return None
-            row = row.replace(mark, b"%a" if packed == "d" else b"%b")
-        return row
+            row = row.replace(said, b"%b")
+        for mark, packed in marks:
+            if said.count(mark) != 1:
+                return None
+            said = said.replace(mark, b"%a" if packed == "d" else b"%b")
+        return row.replace(b"\0", b"%b").replace(b"\1", b"%d"), said
 
     def _long_way(self, sight: _Sight) -> Return | None:
         event = records.open_event(_body(sight))
@@ -239,7 +246,8 @@ def _filled(stencil: _Stencil, values: tuple[Any, ...]) -> tuple[tuple[str, str]
     if not _MOMENT.fullmatch(stamp) or not records.is_day(stamp[:10].decode()) or (took and not _are_times(took)):
         return None
     seconds = () if ts is None else (ts,)
-    row = (jid, *took, minion, minion, *took, jid, *seconds, stamp, stamp.replace(b"T", b" "))
+    said = (stencil.said % tuple(took),) if took else ()
+    row = (jid, *said, minion, minion, *said, jid, *seconds, stamp, stamp.replace(b"T", b" "))
     return (jid.decode(), minion.decode()), stencil.row % row
 
 

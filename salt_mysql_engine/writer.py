@@ -48,6 +48,7 @@ _AT_A_TIME_SECONDS = 0.0002
 its answer to the batch before takes several turns."""
 _JOURNAL_RETRY_SECONDS = 1.0
 _LAST_SETTLE_SECONDS = 1.0
+_MOST_KNOWN_JOBS = 10_000
 LOOK_AT_TABLES_SECONDS = 60.0
 """How often the tables' shape is looked at: someone may migrate them meanwhile."""
 HOME_PROBE_SECONDS = 30.0
@@ -100,6 +101,8 @@ class Writer:
         self._shape: schema.Shape | None = None
         self._look_at = 0.0
         self._said_old = False
+        self._known_jobs: set[str] = set()
+        """Jobs that have their row in ``jids``: most returns are of one that an earlier batch wrote."""
         self._uncertain_through = 0
         """Events up to this ``seq`` may be in the tables already."""
         self._cursor = 0
@@ -311,9 +314,11 @@ class Writer:
     async def _write(self, batch: list[Item]) -> dict[str, int]:
         """One transaction. Gives the number of events by fate."""
         rows = [item for item in batch if isinstance(item.outcome, (Plain, records.Record))]
-        ignored = collections.Counter(
-            f"ignored.{item.outcome.value}" for item in batch if isinstance(item.outcome, records.Ignored)
-        )
+        ignored: collections.Counter[str] = collections.Counter()
+        if len(rows) < len(batch):
+            ignored.update(
+                f"ignored.{item.outcome.value}" for item in batch if isinstance(item.outcome, records.Ignored)
+            )
         if not rows:
             return dict(ignored)
         if not self.store_events and any(item.event_row for item in rows):  # from before the settings changed
@@ -324,6 +329,7 @@ class Writer:
             session,
             self._shape,
             selection=self.selection,
+            known_jobs=self._known_jobs,
             uncertain_through=self._uncertain_through,
             on_sending=self._server_works.set,
         )
@@ -340,6 +346,9 @@ class Writer:
             raise
         await into.end()
         self.conflicts += done.conflicts
+        if len(self._known_jobs) + len(into.jobs) > _MOST_KNOWN_JOBS:
+            self._known_jobs.clear()
+        self._known_jobs |= into.jobs
         return {
             **ignored,
             "written": done.written,
@@ -368,6 +377,7 @@ class Writer:
             if created:
                 log.warning("Created the tables %s in the database at %s", ", ".join(created), session.host)
             self.tables_known = True
+            self._known_jobs.clear()  # somebody may have deleted them, too
         session.check_escapes()
         return session
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from salt_mysql_engine import writer
 from salt_mysql_engine.errors import OperatorNeeded
 from tests.support.scratch import Scratch
 from tests.support.shipping import (
@@ -203,6 +204,38 @@ async def test_every_return_has_a_jids_row(database: Scratch, shipping: Make) ->
     assert {row["jid"] for row in database.rows("jids")} == {jid(number) for number in range(1, 8)}
     orphans = database.sql("SELECT jid FROM salt_returns WHERE jid NOT IN (SELECT jid FROM jids)")
     assert orphans == []
+
+
+async def test_a_job_that_an_earlier_batch_wrote_costs_no_statement(database: Scratch, shipping: Make) -> None:
+    async with shipping() as ship:
+        await ship.ship(returned(jid(1), "web1"))
+        before = inserts(database)
+        await ship.ship(returned(jid(1), "web2"))
+        assert inserts(database) - before == 1  # into salt_returns
+        await ship.ship(returned(jid(1), "web3"), returned(jid(2), "web1"))
+        assert inserts(database) - before == 3
+    assert {row["jid"] for row in database.rows("jids")} == {jid(1), jid(2)}
+
+
+async def test_a_jids_row_that_somebody_deletes_is_made_again_within_a_minute(
+    database: Scratch, shipping: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shipping() as ship:
+        await ship.ship(returned(jid(1), "web1"))
+        database.sql("DELETE FROM jids")
+        monkeypatch.setattr(writer, "LOOK_AT_TABLES_SECONDS", 0.0)
+        ship.writer.tables_known = False  # the minute is over
+        await ship.ship(returned(jid(1), "web2"))
+        assert database.count("jids") == 1
+        database.sql("DELETE FROM jids")
+        await ship.ship(returned(jid(1), "web3"))
+    assert database.count("jids") == 1
+
+
+def inserts(database: Scratch) -> int:
+    """The server's INSERT statements so far."""
+    ((_, count),) = database.sql("SHOW GLOBAL STATUS LIKE 'Com_insert'")
+    return int(count)
 
 
 # Kinds of jobs
