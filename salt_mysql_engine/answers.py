@@ -61,7 +61,7 @@ class Answers:
         return self._ask(lambda db: db.jobs(after)) or []
 
     def newest_jobs(self, count: int, *, skip: str = "") -> list[tuple[str, dict[str, Any]]]:
-        """The newest ``count`` jobs but those of the function ``skip``, oldest first; each with its load as stored."""
+        """The newest ``count`` jobs but those of the function ``skip``, oldest first; each with its load as written."""
         pending = self._pending.jobs()
         jobs = dict(self._ask(lambda db: db.newest_jobs(count, skip=skip)) or [])
         for jid, job in pending.items():

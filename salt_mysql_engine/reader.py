@@ -103,9 +103,10 @@ class Reader:
     def newest_jobs(self, count: int, *, skip: str = "") -> list[tuple[str, dict[str, Any]]]:
         """The newest ``count`` jobs but those of the function ``skip``, newest first."""
         found: list[tuple[str, dict[str, Any]]] = []
-        before, read, page = "", 0, min(count + 10, _PAGE_ROWS)
+        before: str | None = None
+        read, page = 0, min(count + 10, _PAGE_ROWS)
         while len(found) < count:
-            where, values = ("WHERE `jid` < %s ", [before]) if before else ("", [])
+            where, values = ("", []) if before is None else ("WHERE `jid` < %s ", [before])
             rows = self.query(f"SELECT `jid`, `load` FROM `jids` {where}ORDER BY `jid` DESC LIMIT %s", *values, page)
             # By the load, which every row has: `fun` is NULL in rows of other writers.
             found += [(jid, load) for jid, load in _by_jid(rows) if not skip or load.get("fun") != skip]

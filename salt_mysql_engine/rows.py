@@ -211,8 +211,8 @@ class Rows:
                 if jid not in alone:
                     new[jid] = load
                     changed.add(jid)
-                elif jid in new:
-                    new[jid] = records.merged_load(new[jid], load)
+                elif jid in of_jobs:
+                    new[jid] = records.merged_load(new.get(jid) or self._load_of_return(of_jobs[jid]), load)
                 continue
             better = records.merged_load(_parsed(stored[jid]), load)
             text = self._text(jsontext.dumps(better))

@@ -55,7 +55,7 @@ class _Stencil(NamedTuple):
     same: tuple[bytes, ...]
     has_ts: bool
     row: bytes
-    """With a place for each value."""
+    """With a place for each value, and two for ``said``."""
     said: bytes
     """What the return says, with a place for each of its times; it stands in the row twice. Empty: it says none."""
 

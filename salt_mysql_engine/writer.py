@@ -369,14 +369,18 @@ class Writer:
         else:
             session = await self._use(await self._database.open())
         if not self.tables_known or asyncio.get_running_loop().time() >= self._look_at:
-            created, self._shape = await schema.ensure(
-                session, create=self.create_tables, events=self.store_events, partitions=self.partitions
-            )
+            self.tables_known = True  # somebody may say meanwhile that they changed
+            try:
+                created, self._shape = await schema.ensure(
+                    session, create=self.create_tables, events=self.store_events, partitions=self.partitions
+                )
+            except BaseException:
+                self.tables_known = False
+                raise
             self._look_at = asyncio.get_running_loop().time() + LOOK_AT_TABLES_SECONDS
             self._say_if_old(session, self._shape)
             if created:
                 log.warning("Created the tables %s in the database at %s", ", ".join(created), session.host)
-            self.tables_known = True
             self._known_jobs.clear()  # somebody may have deleted them, too
         session.check_escapes()
         return session

@@ -28,7 +28,7 @@ def run(bench: Bench) -> list[Figure]:
     figures += compare(bench, mysql, "highstate", bench.size(50_000, 1_000), _PEERS)
     with Worker("ship") as worker:
         figures += _backlogs(bench, worker, [1_000, 10_000, bench.size(100_000, 15_000), bench.size(1_000_000, 20_000)])
-        figures += _tables(bench, worker, [bench.size(10 ** (4 + n), 2_000 * (1 + n)) for n in range(4)])
+        figures += _tables(bench, worker, [bench.size(10 ** (4 + n), 4_000 * (1 + n)) for n in range(4)])
     return figures
 
 
