@@ -108,7 +108,7 @@ $(BENCH_STAMP): pyproject.toml Makefile tools/find-python tools/timelib/pyprojec
 	@$(BENCH_ENV)/bin/python -m pip --quiet install --no-deps saltext.mysql==1.1.0
 	@touch $@
 
-bench: $(BENCH_STAMP) mariadb ## Measure everything beside its peers, and write benchmarks/RESULTS.md and the plots (27 minutes)
+bench: $(BENCH_STAMP) mariadb ## Measure everything beside its peers, and write benchmarks/RESULTS.md and the plots (23 minutes)
 	$(BENCH_ENV)/bin/python -m benchmarks --save $(ARGS)
 
 bench-quick: $(BENCH_STAMP) mariadb ## Measure little, and fail where a ratio is worse than the committed one by a quarter (4 minutes)
