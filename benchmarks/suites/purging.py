@@ -3,16 +3,19 @@
 
 Each part begins when the server has written out what was left to write. First in tables with a partition for each day,
 where whole days are dropped. Then the same rows without partitions: the writer's longest wait, beside the one that it
-has alone; and that of another client, which asks for a lock on the very row that is to go next, all the time.
+has alone; and that of another client, which asks for a lock on the very row that is to go next, all the time. A COMMIT
+waits for the disk, and so does who waits for its locks: the longest sync of a small file beside is the disk's part.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pymysql
@@ -41,14 +44,14 @@ def run(bench: Bench) -> list[Figure]:
         dropped = asyncio.run(_purge(parted, loaded.middle, whole_days=True))
     bench.say(f"{dropped['salt_returns']:,} returns in {dropped['seconds']:.2f} s, by partitions")
     _settle(bench)
-    alone = _Writer(plain)
-    with alone:
+    alone, quiet_disk = _Writer(plain), _Disk(bench.folder)
+    with alone, quiet_disk:
         time.sleep(bench.size(20, 5))
     keys = bench.db.sql(
         "SELECT jid, id FROM salt_returns WHERE jid < %s ORDER BY jid, id", (_jid(loaded.middle),), "million"
     )
-    beside, front = _Writer(plain), _Front(plain, keys[::20])
-    with beside, front:
+    beside, front, disk = _Writer(plain), _Front(plain, keys[::20]), _Disk(bench.folder)
+    with beside, front, disk:
         chunked = asyncio.run(_purge(plain, loaded.middle))
     bench.say(f"{chunked['salt_returns']:,} returns in {chunked['seconds']:.1f} s, in chunks")
     return [
@@ -66,7 +69,9 @@ def run(bench: Bench) -> list[Figure]:
             goal=100,
         ),
         Figure(name="without partitions: rows waited for that way", rounds=(float(front.gone),)),
+        Figure(name="without partitions: longest sync of a small file", rounds=(max(disk.ms),), unit="ms"),
         *_waits("the writer alone", alone),
+        Figure(name="the writer alone: longest sync of a small file", rounds=(max(quiet_disk.ms),), unit="ms"),
     ]
 
 
@@ -167,6 +172,32 @@ class _Statements:
         value = work()
         self.ms.append((time.perf_counter() - began) * 1000)
         return value
+
+
+class _Disk:
+    """Syncs a small file four times a second. ``ms``: what that took."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ms: list[float] = []
+        self._path = folder / "probe"
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> _Disk:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with self._path.open("wb", buffering=0) as file:
+            while not self._end.wait(0.25):
+                file.write(b"x")
+                began = time.perf_counter()
+                os.fdatasync(file.fileno())
+                self.ms.append((time.perf_counter() - began) * 1000)
 
 
 class _Writer(_Statements):
