@@ -39,7 +39,7 @@ _BREATH_SECONDS, _BREATH_BYTES, _BREATH_EVENTS = 0.04, 128 * 1024, 150
 """After a small read the next waits up to 40 ms for more to come, less the more there was: at 1,500 events a second
 each would else wake the loop by itself, which costs more than everything else that the reader does. The kernel's buffer
 holds what comes meanwhile, 208 KiB or, of small events, some 170; a read that found 128 KiB or 150 events is followed
-by the next at once."""
+by the next at once. Whoever gets the events is told how long they may have waited there."""
 _READ_BYTES = 256 * 1024
 _FIXMAP_2 = 0x82
 
@@ -129,11 +129,12 @@ def _body(frame: Any) -> bytes:
 class BusReader(asyncio.BufferedProtocol):
     """Reads the bus for as long as :meth:`run` runs; connects again by itself.
 
-    ``on_event`` gets each event's bytes; ``on_gap`` is told of every end of a stream.
+    ``on_events`` gets the bytes of the events of each read, and for how many seconds at most they waited in the
+    kernel; ``on_gap`` is told of every end of a stream.
     """
 
     def __init__(
-        self, opts: Mapping[str, Any], *, on_event: Callable[[bytes], None], on_gap: Callable[[], None]
+        self, opts: Mapping[str, Any], *, on_events: Callable[[list[bytes], float], None], on_gap: Callable[[], None]
     ) -> None:
         self.events_seen = 0
         self.connects = 0
@@ -143,13 +144,14 @@ class BusReader(asyncio.BufferedProtocol):
         self._socket = Path(opts["sock_dir"]) / "master_event_pub.ipc"
         self._host = "::1" if opts.get("ipv6") else "127.0.0.1"
         self._port = int(opts.get("tcp_master_pub_port", 4512))
-        self._on_event = on_event
+        self._on_events = on_events
         self._on_gap = on_gap
         self._parser: Parser | None = None
         # One buffer for all reads: asyncio's own reads each take 256 KiB anew, which the kernel has to clear.
         self._buffer = memoryview(bytearray(_READ_BYTES))
         self._transport: asyncio.Transport | None = None
         self._lost: asyncio.Event = asyncio.Event()
+        self._breath = 0.0
         self._finishing = False
 
     @property
@@ -210,6 +212,7 @@ class BusReader(asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._parser = None
+        self._breath = 0.0
         self.connected = True
         self.connects += 1
 
@@ -230,14 +233,13 @@ class BusReader(asyncio.BufferedProtocol):
             if self._transport is not None:
                 self._transport.abort()
             return
-        breath = _BREATH_SECONDS * (1 - max(nbytes / _BREATH_BYTES, len(bodies) / _BREATH_EVENTS))
-        if breath > 0 and self._transport is not None and not self._finishing:
+        waited = self._breath
+        self._breath = max(0.0, _BREATH_SECONDS * (1 - max(nbytes / _BREATH_BYTES, len(bodies) / _BREATH_EVENTS)))
+        if self._breath and self._transport is not None and not self._finishing:
             self._transport.pause_reading()
-            asyncio.get_running_loop().call_later(breath, self._transport.resume_reading)
+            asyncio.get_running_loop().call_later(self._breath, self._transport.resume_reading)
         self.events_seen += len(bodies)
-        on_event = self._on_event
-        for body in bodies:
-            on_event(body)
+        self._on_events(bodies, waited)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (asyncio's signature)
         """asyncio: the stream ended."""

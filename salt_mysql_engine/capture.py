@@ -1,9 +1,11 @@
 """Capture: keeps the events that the settings ask for, by their tag alone, and journals them in groups.
 
 The callback runs inside the bus reader, so it parses nothing but the tag and waits for nothing. A
-group goes to the journal's thread every 50 ms or 256 events, whichever is first; while one is being
-written the next collects. If the disk stalls, memory holds up to 64 MiB; what comes after that is
-dropped and counted. An append that fails is tried again: its events stay at the head of the line.
+group goes to the journal's thread 45 ms after its first event came or at 256 events, whichever is
+first; while one is being written the next collects. With the append's own few milliseconds no event
+is in memory alone for more than 50 ms, the time in the kernel's buffer included. If the disk stalls,
+memory holds up to 64 MiB; what comes after that is dropped and counted. An append that fails is tried
+again: its events stay at the head of the line.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from .journalfile import NewEvent
 
 log = logging.getLogger(__name__)
 
-GROUP_SECONDS = 0.05
-GROUP_EVENTS = 256
+_GROUP_SECONDS = 0.045
+_GROUP_EVENTS = 256
 MEMORY_BYTES = 64 * 1024 * 1024
 _EVENT_BYTES = 400
 """What an event takes in memory beside its body."""
@@ -62,6 +64,8 @@ class Capture:
         self._group: list[NewEvent] = []
         """What is being journalled."""
         self._bytes = 0
+        self._waited = 0.0
+        """Seconds for which the first event that is held may have been in the kernel's buffer."""
         self._some = asyncio.Event()
         self._due = asyncio.Event()
         self._writing = asyncio.Lock()
@@ -71,34 +75,54 @@ class Capture:
         """Events in memory only."""
         return len(self._group) + len(self._held)
 
-    def on_event(self, body: bytes) -> None:
-        """Takes one event of the bus, or leaves it."""
-        plain = records.PLAIN_RETURN.match(body)
-        if plain is not None and not self.handed_off:  # nearly all are
-            jid, minion = plain[1].decode(), plain[2].decode()
-        else:
-            end = body.find(records.SEPARATOR, 0, records.MAX_TAG_BYTES)
-            try:
-                tag = body[:end].decode() if end > 0 else ""
-            except UnicodeDecodeError:
-                return
-            job = records.parse_tag(tag)
-            if job is None or not self.selection.wants_job(job) or self.handed_off:
-                if not self.selection.wants_event(tag) or tag.startswith(records.PRIVATE):
-                    return
-                if job is not None and self.handed_off:
-                    job, body = None, records.chosen_event(body)
-            jid, minion = ("", "") if job is None else (job.jid, job.minion or self._master_of(job))
-        if self._bytes >= MEMORY_BYTES:
-            if not self.dropped:
-                log.error("Memory for events is full and the journal is not taking any; dropping and counting")
-            self.dropped += 1
-            return
-        self._held.append(NewEvent(time.time(), jid, minion, body))
-        self._bytes += len(body) + _EVENT_BYTES
-        self._some.set()
-        if len(self._held) >= GROUP_EVENTS:
+    def on_events(self, bodies: list[bytes], waited: float = 0.0) -> None:
+        """Takes what the settings ask for of a read of the bus.
+
+        Args:
+            bodies: the events, in their order.
+            waited: for how many seconds they may have been in the kernel's buffer.
+        """
+        now = time.time()
+        if not self._held:
+            self._waited = waited
+        for body in bodies:
+            plain = records.PLAIN_RETURN.match(body)
+            if plain is not None and not self.handed_off:  # nearly all are
+                event = NewEvent(now, plain[1].decode(), plain[2].decode(), body)
+            else:
+                chosen = self._chosen(body, now)
+                if chosen is None:
+                    continue
+                event = chosen
+            if self._bytes >= MEMORY_BYTES:
+                if not self.dropped:
+                    log.error("Memory for events is full and the journal is not taking any; dropping and counting")
+                self.dropped += 1
+                continue
+            self._held.append(event)
+            self._bytes += len(event.body) + _EVENT_BYTES
+        if self._held:
+            self._some.set()
+        if len(self._held) >= _GROUP_EVENTS:
             self._due.set()
+
+    def _chosen(self, body: bytes, now: float) -> NewEvent | None:
+        """What to journal of an event that is not plainly a minion's return."""
+        end = body.find(records.SEPARATOR, 0, records.MAX_TAG_BYTES)
+        try:
+            tag = body[:end].decode() if end > 0 else ""
+        except UnicodeDecodeError:
+            return None
+        job = records.parse_tag(tag)
+        if job is not None and self.selection.wants_job(job) and not self.handed_off:
+            return NewEvent(now, job.jid, job.minion or self._master_of(job), body)
+        if not self.selection.wants_event(tag) or tag.startswith(records.PRIVATE):
+            return None
+        if job is None:
+            return NewEvent(now, "", "", body)
+        if self.handed_off:
+            return NewEvent(now, "", "", records.chosen_event(body))
+        return NewEvent(now, job.jid, job.minion or self._master_of(job), body)
 
     def _master_of(self, job: records.Tag) -> str:
         """Whose return a runner's or wheel's is, as the job cache has it."""
@@ -109,7 +133,7 @@ class Capture:
         loop = asyncio.get_running_loop()
         while True:
             await self._some.wait()
-            timer = loop.call_later(GROUP_SECONDS, self._due.set)
+            timer = loop.call_later(_GROUP_SECONDS - self._waited, self._due.set)
             await self._due.wait()
             timer.cancel()
             try:

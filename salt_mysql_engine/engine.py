@@ -126,7 +126,7 @@ class Engine:
         self._retention = Retention(self._database)
         self._bus = BusReader(
             self._opts,
-            on_event=self._capture.on_event,
+            on_events=self._capture.on_events,
             on_gap=self._reconciler.ask_after_gap if self._reconciler else lambda: None,
         )
         self._apply(self._settings)

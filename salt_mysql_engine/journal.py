@@ -20,7 +20,8 @@ Recovery
     SQLite replays its own WAL at opening. ``synchronous=NORMAL``: a commit survives ``kill -9`` of
     the process at once, and a power cut once SQLite has next synced its WAL. A power cut can take the
     newest commits, never the file's consistency. A file that SQLite finds corrupt, at opening or later,
-    is set aside, and what can be read of it goes on in a new one (``salvage.py``).
+    is set aside, and what can be read of it goes on in a new one (``salvage.py``). One that somebody
+    deletes while it is in use, with Salt's whole cache perhaps, is still open, and goes on in a new one too.
 
 One engine at a time: an exclusive lock on ``lock`` beside the file, freed by the kernel at death. Other processes
 may append (``handoff.py``). All calls block; the engine makes them in one thread of its own.
@@ -38,7 +39,7 @@ import os
 import sqlite3
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -162,6 +163,7 @@ class Journal:
         self._broken = False
         """Whether the file is corrupt and not replaced yet."""
         self._lock_fd = -1
+        self._inode = 0
         self._db: sqlite3.Connection
         self._uuid = b""
 
@@ -213,6 +215,7 @@ class Journal:
         hold back while the journal is ``full``.
         """
         total = len(events)
+        self._be_there()
         if events:
             journalfile.leave_room_to_settle(self._db, self.path)
         with self._transaction():
@@ -518,6 +521,7 @@ class Journal:
     @_mended
     def tend(self, now: float) -> bool:
         """Drops what is too old, and lets the file shrink, a step at a time; whether there is more to give back."""
+        self._be_there()
         if self.caps.max_age_seconds:
             self._drop_older_than(now - self.caps.max_age_seconds)
         self._measure()
@@ -551,6 +555,7 @@ class Journal:
     @_mended
     def look(self) -> tuple[int, int]:
         """What other processes have appended since the last look: events, and their bytes."""
+        self._be_there()
         (version,) = self._db.execute("PRAGMA data_version").fetchone()
         if version == self._data_version:
             return 0, 0
@@ -641,7 +646,7 @@ class Journal:
             yield
 
     def _lock(self) -> None:
-        self._lock_fd = os.open(self.path.parent / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -669,8 +674,14 @@ class Journal:
         settled = sum(value for name, value in counters.items() if name not in ("captured", "trimmed"))
         return counters["captured"] - settled - self._rows("dead_letters")
 
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name("lock")
+
     def _connect(self) -> sqlite3.Connection:
-        return journalfile.connect(self.path, timeout=_TIMEOUT)
+        db = journalfile.connect(self.path, timeout=_TIMEOUT)
+        self._inode = self.path.stat().st_ino
+        return db
 
     def _counters(self) -> collections.Counter[str]:
         counters = dict(self._db.execute("SELECT name, value FROM counters"))
@@ -686,25 +697,58 @@ class Journal:
         if hasattr(self, "_db"):
             with contextlib.suppress(sqlite3.Error):
                 self._db.close()
-        new_path = self.path.with_name("journal.new.sqlite")
-        try:
-            salvage.remove(new_path)
-            with contextlib.closing(journalfile.connect(new_path, timeout=_TIMEOUT)) as new:
-                new.execute("BEGIN IMMEDIATE")
-                report = salvage.copy(self.path, new)
-                new.execute("COMMIT")
-            new_path.rename(journalfile.ready_path(self.path))
-            self._replace()
-            self._db = self._connect()
-        except OSError as exc:  # a disk that is full or read-only: everyone tries again
-            raise sqlite3.OperationalError(f"a new journal cannot be made: {exc}") from exc
-        self._load()
-        self._broken = False
+        with self._new_file() as new:
+            new.execute("BEGIN IMMEDIATE")
+            report = salvage.copy(self.path, new)
+            new.execute("COMMIT")
         lost = "an unknown number" if report.lost is None else report.lost
         log.critical(
             "The corrupt journal was set aside as %s. Saved from it: %d events, %d dead letters; lost: %s",
             self.salvaged, report.events, report.dead_letters, lost,
         )  # fmt: skip
+
+    def _be_there(self) -> None:
+        """Somebody may have deleted the file under us: then all that it holds goes into a new one."""
+        if journalfile.inode(self.path) == self._inode:
+            return
+        old, seen_through, salvaged = self._db, self._seen_through, self.salvaged
+        try:
+            journalfile.make_folder(self.path.parent)
+            if journalfile.inode(self._lock_path) != os.fstat(self._lock_fd).st_ino:
+                os.close(self._lock_fd)
+                self._lock()
+        except OSError as exc:
+            raise sqlite3.OperationalError(f"the journal's folder cannot be made again: {exc}") from exc
+        with self._new_file() as new:
+            old.backup(new)
+            if self.path.exists():  # another process of the master appends to one of its own already
+                journalfile.add(new, self.path)
+        old.close()
+        salvage.remove(Path(self.salvaged))  # the other process's, if any: it is in the new one
+        self.salvaged = salvaged
+        self._seen_through, self._data_version = seen_through, -1  # what was added is news
+        log.error("Somebody deleted the journal %s while it was in use; it was made again, nothing is lost", self.path)
+
+    @contextlib.contextmanager
+    def _new_file(self) -> Iterator[sqlite3.Connection]:
+        """A journal to be filled, that then takes the place of what is there.
+
+        Raises:
+            sqlite3.OperationalError: the disk is full or read-only, say; everything is as before.
+        """
+        path = self.path.with_name("journal.new.sqlite")
+        try:
+            salvage.remove(path)
+            with contextlib.closing(journalfile.connect(path, timeout=_TIMEOUT)) as new:
+                yield new
+            path.rename(journalfile.ready_path(self.path))
+            self._broken = True  # until that is open
+            self._replace()
+            self._db = self._connect()
+        except OSError as exc:
+            raise sqlite3.OperationalError(f"a new journal cannot be made: {exc}") from exc
+        self._load()
+        self._broken = False
 
     def _replace(self) -> None:
         """Puts the new file in the corrupt one's place. May be interrupted, and is then done again at the next start:

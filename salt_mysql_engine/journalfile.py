@@ -239,13 +239,24 @@ def wal_bytes(path: Path) -> int:
         return 0
 
 
+def inode(path: Path) -> int:
+    """Which file it is; 0 when there is none."""
+    try:
+        return os.stat(path).st_ino  # noqa: PTH116 (before every group: a Path costs more than the call)
+    except OSError:
+        return 0
+
+
 def leave_room_to_settle(db: sqlite3.Connection, path: Path) -> None:
     """On a disk that is full to the last page nothing could be deleted either: deleting writes to the WAL.
 
     Raises:
-        sqlite3.OperationalError: there is no room for more events.
+        sqlite3.OperationalError: there is no room for more events, or the disk does not say.
     """
-    disk = os.statvfs(path.parent)
+    try:
+        disk = os.statvfs(path.parent)
+    except OSError as exc:
+        raise sqlite3.OperationalError(f"the disk cannot be asked how much room is left: {exc}") from exc
     if disk.f_bavail * disk.f_frsize >= RESERVE_BYTES:
         return
     (free,) = db.execute("PRAGMA freelist_count").fetchone()
@@ -289,6 +300,17 @@ def _chunk(events: Sequence[NewEvent], start: int) -> Sequence[NewEvent]:
             break
         end += 1
     return events[start:end]
+
+
+def add(db: sqlite3.Connection, path: Path) -> None:
+    """Adds the events of another file, and what they are in its books."""
+    db.execute("ATTACH ? AS other", (str(path),))
+    with db:
+        db.execute("BEGIN IMMEDIATE")
+        columns = "captured_at, jid, minion, body, trusted"
+        db.execute(f"INSERT INTO events ({columns}) SELECT {columns} FROM other.events ORDER BY seq")
+        count(db, dict(db.execute("SELECT name, value FROM other.counters")))
+    db.execute("DETACH other")
 
 
 def count(db: sqlite3.Connection, counts: Mapping[str, int]) -> None:

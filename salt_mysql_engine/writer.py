@@ -27,7 +27,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from . import records, schema
+from . import moments, records, schema
 from .batcher import Batcher, Limits
 from .capture import InJournal
 from .database import Database, Session
@@ -49,6 +49,8 @@ its answer to the batch before takes several turns."""
 _JOURNAL_RETRY_SECONDS = 1.0
 _LAST_SETTLE_SECONDS = 1.0
 _MOST_KNOWN_JOBS = 10_000
+_KNOWN_SECONDS = 3600.0
+"""A job that began longer ago may be purged between two of its returns, by any master: it is asked for each time."""
 LOOK_AT_TABLES_SECONDS = 60.0
 """How often the tables' shape is looked at: someone may migrate them meanwhile."""
 HOME_PROBE_SECONDS = 30.0
@@ -348,7 +350,8 @@ class Writer:
         self.conflicts += done.conflicts
         if len(self._known_jobs) + len(into.jobs) > _MOST_KNOWN_JOBS:
             self._known_jobs.clear()
-        self._known_jobs |= into.jobs
+        recent = moments.jid_at(time.time() - _KNOWN_SECONDS)
+        self._known_jobs.update(jid for jid in into.jobs if jid > recent)
         return {
             **ignored,
             "written": done.written,

@@ -323,6 +323,29 @@ async def test_a_file_that_was_set_aside_is_left_for_the_new_one(
     assert {row["jid"] for row in database.rows("salt_returns")} == {jid(number) for number in range(100)}
 
 
+@pytest.mark.faults
+async def test_a_cache_that_is_deleted_under_the_master_takes_nothing_along(
+    database: Scratch, shipping: Make, tmp_path: Path, hand: HandOff
+) -> None:
+    """`rm -rf` of all that Salt caches: the engine and the other processes find together again, in one file."""
+    async with shipping("mysql_jobcache", handed_off=True, flush_interval=0.05) as ship:
+        ship.mysql["mysql.port"] = 1  # nobody listens there
+        for number in range(50):
+            hand.returned(return_data(jid(number), "web1"))
+        await ship.until(lambda: ship.writer.retries > 0)
+        shutil.rmtree(tmp_path / "mysql_jobcache")
+        for number in range(50, 100):
+            hand.returned(return_data(jid(number), "web1"))
+        await ship.until(lambda: pending(tmp_path) == 100)
+        for number in range(100, 150):
+            hand.returned(return_data(jid(number), "web1"))
+        ship.mysql["mysql.port"] = database.mysql["mysql.port"]
+        books = await ship.settled()
+    assert (books["captured"], books["written"]) == (150, 150)
+    assert {row["jid"] for row in database.rows("salt_returns")} == {jid(number) for number in range(150)}
+    assert [path.name for path in (tmp_path / "mysql_jobcache").glob("*corrupt*")] == []
+
+
 def test_a_forked_child_opens_the_file_for_itself(tmp_path: Path) -> None:
     script = (
         "hand.returned(return_data(jid(1), 'parent'))\n"

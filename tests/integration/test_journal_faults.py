@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from salt_mysql_engine import capture, writer
+from salt_mysql_engine.errors import JournalError
 from salt_mysql_engine.journal import Journal
 from tests.support.scratch import Scratch
 from tests.support.shipping import Shipping, jid, returned, returns
@@ -79,8 +81,7 @@ async def capturing(ship: Shipping) -> AsyncIterator[None]:
 
 
 def hear(ship: Shipping, bodies: list[bytes]) -> None:
-    for body in bodies:
-        ship.capture.on_event(body)
+    ship.capture.on_events(bodies)
 
 
 async def journalled(ship: Shipping) -> None:
@@ -326,6 +327,29 @@ async def test_another_process_that_locks_the_file_delays_and_ends_nothing(datab
         books = await ship.settled()
         assert (books["captured"], books["written"], books["dropped"]) == (60, 60, {})
     assert len(stored(database)) == 60
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_cache_that_is_deleted_under_the_engine_takes_nothing_along(
+    database: Scratch, shipping: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`rm -rf` of all that Salt caches, again and again, while the database is down; nothing comes at the end."""
+    async with shipping(flush_interval=0.05, batch_size=50) as ship, capturing(ship):
+        down(ship)
+        for start in (100, 200, 300):
+            hear(ship, returns(100, first=start))
+            await journalled(ship)
+            await ship.until(lambda: ship.writer.retries > 0)
+            shutil.rmtree(ship.journal.path.parent)
+        await ship._in_journal(ship.journal.tend, 0.0)
+        assert ship.journal.path.exists()
+        assert "Somebody deleted the journal" in caplog.text
+        with pytest.raises(JournalError, match="another mysql_jobcache engine"):
+            Journal(ship.journal.path.parent).open()
+        up(ship, database)
+        books = await ship.settled()
+        assert (books["captured"], books["written"], books["dropped"]) == (300, 300, {})
+    assert len(stored(database)) == 300
 
 
 # Damage

@@ -315,8 +315,7 @@ class EngineAgainstAModel(RuleBasedStateMachine):
 
     def hear(self, bodies: list[bytes]) -> None:
         """As many as the journal takes: what it does not take stays with capture, and is tried again."""
-        for each in bodies:
-            self.capture.on_event(each)
+        self.capture.on_events(bodies)
         before = self.journal.books()["captured"]
         try:
             self.do(self.capture.drain())

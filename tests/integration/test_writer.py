@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from salt_mysql_engine import records, writer
+from salt_mysql_engine import moments, records, writer
 from salt_mysql_engine.errors import OperatorNeeded
 from tests.support.scratch import Scratch
 from tests.support.shipping import (
@@ -208,62 +209,81 @@ async def test_every_return_has_a_jids_row(database: Scratch, shipping: Make) ->
 
 async def test_a_job_that_an_earlier_batch_wrote_costs_no_statement(database: Scratch, shipping: Make) -> None:
     async with shipping() as ship:
-        await ship.ship(returned(jid(1), "web1"))
+        await ship.ship(returned(young(1), "web1"))
         before = inserts(database)
-        await ship.ship(returned(jid(1), "web2"))
+        await ship.ship(returned(young(1), "web2"))
         assert inserts(database) - before == 1  # into salt_returns
-        await ship.ship(returned(jid(1), "web3"), returned(jid(2), "web1"))
+        await ship.ship(returned(young(1), "web3"), returned(young(2), "web1"))
         assert inserts(database) - before == 3
-    assert {row["jid"] for row in database.rows("jids")} == {jid(1), jid(2)}
+    assert {row["jid"] for row in database.rows("jids")} == {young(1), young(2)}
 
 
 async def test_a_job_whose_batch_was_rolled_back_is_not_taken_for_written(database: Scratch, shipping: Make) -> None:
     async with shipping() as ship:
-        await ship.ship(returned(jid(2), "web1"))
+        await ship.ship(returned(young(2), "web1"))
         database.sql("ALTER TABLE salt_returns ADD CONSTRAINT no_thirteen CHECK (id <> 'web13')")
-        await ship.ship(returned(jid(1), "web13"))
-        assert [row["jid"] for row in database.rows("jids")] == [jid(2)]
-        await ship.ship(returned(jid(1), "web1"))
-        assert [row["jid"] for row in database.rows("jids")] == [jid(1), jid(2)]
+        await ship.ship(returned(young(1), "web13"))
+        assert [row["jid"] for row in database.rows("jids")] == [young(2)]
+        await ship.ship(returned(young(1), "web1"))
+        assert [row["jid"] for row in database.rows("jids")] == [young(1), young(2)]
 
 
 async def test_another_session_knows_no_jobs(database: Scratch, shipping: Make) -> None:
     """It may be with another server, that has not all of what the first one had."""
     async with shipping() as ship:
-        await ship.ship(returned(jid(1), "web1"))
+        await ship.ship(returned(young(1), "web1"))
         database.sql("DELETE FROM jids")
         for (connection,) in database.sql(
             "SELECT ID FROM information_schema.PROCESSLIST WHERE DB = %s AND ID <> CONNECTION_ID()", database.name
         ):
             database.sql(f"KILL {connection}")
-        await ship.ship(returned(jid(1), "web2"))
+        await ship.ship(returned(young(1), "web2"))
     assert database.count("jids") == 1
 
 
 async def test_minions_of_a_known_job_whose_row_is_gone_are_not_lost(database: Scratch, shipping: Make) -> None:
     async with shipping() as ship:
-        await ship.ship(returned(jid(1), "web1"))
+        await ship.ship(returned(young(1), "web1"))
         database.sql("DELETE FROM jids")
-        minions = records.minions_event(jid(1), ["web1", "web2"])
+        minions = records.minions_event(young(1), ["web1", "web2"])
         assert minions is not None
-        await ship.take_at(time.time(), minions, returned(jid(1), "web2"))
+        await ship.take_at(time.time(), minions, returned(young(1), "web2"))
         await ship.drain()
-    assert load(database, jid(1))["Minions"] == ["web1", "web2"]
+    assert load(database, young(1))["Minions"] == ["web1", "web2"]
 
 
 async def test_a_jids_row_that_somebody_deletes_is_made_again_within_a_minute(
     database: Scratch, shipping: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with shipping() as ship:
-        await ship.ship(returned(jid(1), "web1"))
+        await ship.ship(returned(young(1), "web1"))
         database.sql("DELETE FROM jids")
         monkeypatch.setattr(writer, "LOOK_AT_TABLES_SECONDS", 0.0)
         ship.writer.tables_known = False  # the minute is over
-        await ship.ship(returned(jid(1), "web2"))
+        await ship.ship(returned(young(1), "web2"))
         assert database.count("jids") == 1
         database.sql("DELETE FROM jids")
-        await ship.ship(returned(jid(1), "web3"))
+        await ship.ship(returned(young(1), "web3"))
     assert database.count("jids") == 1
+
+
+async def test_a_job_that_may_be_purged_is_never_taken_for_written(database: Scratch, shipping: Make) -> None:
+    async with shipping() as ship:
+        await ship.ship(returned(jid(1), "web1"))
+        database.sql("DELETE FROM jids")
+        await ship.ship(returned(jid(1), "web2"))
+    assert database.count("jids") == 1
+
+
+@functools.cache
+def began() -> str:
+    """The jids of a second of this run begin so."""
+    return moments.jid_at(time.time())[:14]
+
+
+def young(number: int) -> str:
+    """The jid of a job that began just now."""
+    return f"{began()}{number:06d}"
 
 
 def inserts(database: Scratch) -> int:

@@ -173,8 +173,7 @@ class Shipping:
 
     async def take(self, *bodies: bytes) -> None:
         """What the bus reader does with events; they are in the journal on return, in one group."""
-        for body in bodies:
-            self.capture.on_event(body)
+        self.capture.on_events([*bodies])
         await self.capture.drain()
 
     async def take_at(self, captured_at: float, *bodies: bytes) -> None:
