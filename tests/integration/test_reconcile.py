@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from salt_mysql_engine import reconcile
@@ -348,6 +350,38 @@ async def test_a_large_cache_is_gone_through_in_small_steps_and_bounded_memory(
         assert most < 1200, "it waits while the writer has enough to do"
         assert peak < 40_000_000
     assert database.count("salt_returns") == 6000
+
+
+@pytest.mark.long
+async def test_a_cache_of_a_hundred_thousand_jobs_is_gone_through_in_bounded_memory(
+    database: Scratch, cache: Cache, reconciling: Make
+) -> None:
+    """As an engine finds it that was away for long: nothing of it is in the tables. Every tenth job has a return."""
+    jobs, returned = 100_000, 10_000
+    for n in range(1, jobs + 1):
+        cache.job(jid(n), {"tgt": "*", "fun": "test.ping", "arg": []}, ["web1"])
+        if n % 10 == 0:
+            cache.returned(jid(n), "web1", "x" * 300, retcode=0, success=True)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    most_pending = most_memory = 0
+    async with reconciling() as ship:
+        reconciler = ship.reconciler
+        assert reconciler is not None
+        while not reconciler.passes:
+            await asyncio.sleep(0.05)
+            most_pending = max(most_pending, ship.journal.pending)
+            most_memory = max(most_memory, process.memory_info().rss - before)
+        assert reconciler.last is not None
+        print(f"\n{jobs:,} jobs in {reconciler.last.seconds:.0f} s, {most_memory / 1e6:.0f} MB more")
+        assert reconciler.last.jobs == jobs
+        assert added(reconciler.last) == (jobs, returned)
+        books = await ship.settled(timeout=60)
+        assert (books["written"], books["duplicates"], books["dropped"]) == (jobs + returned, 0, {})
+    assert most_pending < 10_000, "it waits while the writer has enough to do"
+    assert most_memory < 60_000_000
+    assert (database.count("jids"), database.count("salt_returns")) == (jobs, returned)
+    cache.forget()
 
 
 # While the database is away, or the journal full
