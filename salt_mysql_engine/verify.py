@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 
 from . import jsontext, records
 from .jobcache import JobCache, NoCache
-from .journal import Entry, Journal, Waiting
+from .journal import Entry, Journal
 from .records import Ignored, Kind, Opened, Selection
+from .unconfirmed import Waiting
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,91 @@
+"""Dead letters: the events that became no row, and why. All functions work inside their caller's transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from . import salvage
+
+
+class DeadLetter(NamedTuple):
+    """An event that became no row; times in seconds since the epoch.
+
+    ``reason``: ``refused`` by the database, ``unconfirmed`` by the master's job cache, or the ``fault`` of who made
+    the row.
+    """
+
+    seq: int
+    captured_at: float
+    failed_at: float
+    jid: str
+    minion: str
+    reason: str
+    error: str
+    body: bytes
+
+
+def bury(db: sqlite3.Connection, table: str, seq: int, reason: str, error: str) -> int:
+    """Moves an event of a table here; 0 when it is not there (any more)."""
+    buried = db.execute(
+        "INSERT INTO dead_letters (seq, captured_at, jid, minion, body, error, failed_at, reason) "
+        f"SELECT seq, captured_at, jid, minion, body, ?, ?, ? FROM {table} WHERE seq = ?",
+        (error, time.time(), reason, seq),
+    ).rowcount
+    db.execute(f"DELETE FROM {table} WHERE seq = ?", (seq,))
+    return buried
+
+
+def trim(db: sqlite3.Connection, *, most: int, max_bytes: int) -> int:
+    """Drops those that died first, above ``most`` of them or ``max_bytes`` of events; gives how many."""
+    dropped = 0
+    while True:
+        count, size = db.execute("SELECT COUNT(*), SUM(LENGTH(body)) FROM dead_letters").fetchone()
+        over = max(count - most, 1 if size and size > max_bytes else 0)
+        if over <= 0:
+            return dropped
+        dropped += db.execute(
+            "DELETE FROM dead_letters WHERE seq IN (SELECT seq FROM dead_letters ORDER BY failed_at, seq LIMIT ?)",
+            (over,),
+        ).rowcount
+
+
+def read(db: sqlite3.Connection, *, after: int, seq: int | None, limit: int, newest: bool) -> list[DeadLetter]:
+    """By ``seq``: the first above ``after``, the ``newest``, or the one of ``seq``."""
+    where, value = ("seq > ?", after) if seq is None else ("seq = ?", seq)
+    rows = db.execute(
+        "SELECT seq, captured_at, failed_at, jid, minion, reason, error, body FROM dead_letters "
+        f"WHERE {where} ORDER BY seq {'DESC' if newest else 'ASC'} LIMIT ?",
+        (value, limit),
+    ).fetchall()
+    letters = [DeadLetter._make(row) for row in (reversed(rows) if newest else rows)]
+    for letter in letters:
+        times = (letter.captured_at, letter.failed_at)
+        texts = (letter.jid, letter.minion, letter.reason, letter.error)
+        sound = type(letter.body) is bytes and {*map(type, times)} == {float} and {*map(type, texts)} == {str}
+        salvage.require(sound, f"dead letter {letter.seq}")
+    return letters
+
+
+def delete(db: sqlite3.Connection, seq: int | None) -> int:
+    """Drops one, or all; gives how many."""
+    where, values = _which(seq)
+    return db.execute(f"DELETE FROM dead_letters{where}", values).rowcount
+
+
+def revive(db: sqlite3.Connection, seq: int | None, *, trusted: bool) -> int:
+    """Makes one, or all, events again; ``trusted``: that need no confirmation. Gives how many."""
+    where, values = _which(seq)
+    again = db.execute(
+        "INSERT INTO events (captured_at, jid, minion, body, trusted) "
+        f"SELECT captured_at, jid, minion, body, ? FROM dead_letters{where} ORDER BY seq",
+        (trusted, *values),
+    ).rowcount
+    db.execute(f"DELETE FROM dead_letters{where}", values)
+    return again
+
+
+def _which(seq: int | None) -> tuple[str, Sequence[Any]]:
+    return ("", ()) if seq is None else (" WHERE seq = ?", (seq,))

@@ -1,0 +1,197 @@
+"""A journal's file that mends itself: a corrupt one is set aside and salvaged, a deleted one made again.
+
+The owner calls its methods from one thread. One that :func:`mended` wraps may meet a corrupt file, and is done again in
+the new one. Nothing of the old file goes before the new one is complete, so that a crash in between loses nothing: what
+is complete waits under ``journal.ready.sqlite``, and is put in its place at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import functools
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from . import journalfile, salvage
+from .errors import JournalError
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 5.0
+"""Seconds that a statement may wait for another process."""
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def mended(method: Method) -> Method:
+    """Sets a corrupt file aside and does the same in the new one, once."""
+
+    @functools.wraps(method)
+    def wrapper(self: MendedFile, *args: Any, **kwargs: Any) -> Any:
+        try:
+            if not self._broken:
+                return method(self, *args, **kwargs)
+        except salvage.BROKEN as exc:
+            if not salvage.is_corruption(exc):
+                raise
+            log.critical("The journal %s is corrupt: %s", self.path, exc)
+        self._begin_anew()
+        return method(self, *args, **kwargs)
+
+    return cast("Method", wrapper)
+
+
+class MendedFile:
+    """The file at ``path``, locked and open as ``_db`` between :meth:`open` and :meth:`close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.salvaged = ""
+        """The path of the last corrupt file, set aside since this object was opened."""
+        self._broken = False
+        """Whether the file is corrupt and not replaced yet."""
+        self._lock_fd = -1
+        self._inode = 0
+        self._db: sqlite3.Connection
+
+    def _load(self) -> None:
+        """What the owner knows of a file that was just opened.
+
+        Raises:
+            sqlite3.DatabaseError: it is corrupt.
+        """
+        raise NotImplementedError
+
+    def open(self) -> None:
+        """Creates, upgrades or opens the file; a corrupt one is set aside and salvaged.
+
+        Raises:
+            JournalError: it is in use, not ours, of a newer format, or the folder cannot be used.
+        """
+        try:
+            journalfile.make_folder(self.path.parent)
+            self._lock()
+        except OSError as exc:
+            raise JournalError(f"the journal's folder {self.path.parent} cannot be used: {exc}") from exc
+        try:
+            try:
+                if journalfile.ready_path(self.path).exists():  # killed while a corrupt file was being replaced
+                    self._replace()
+                self._db = self._connect()
+                self._load()
+            except salvage.BROKEN as exc:
+                if not salvage.is_corruption(exc):
+                    raise
+                log.critical("The journal %s is corrupt: %s", self.path, exc)
+                self._begin_anew()
+        except (OSError, sqlite3.Error) as exc:
+            os.close(self._lock_fd)
+            raise JournalError(f"the journal {self.path} cannot be opened: {exc}") from exc
+        except JournalError:
+            os.close(self._lock_fd)
+            raise
+
+    def close(self) -> None:
+        """Closes the file and frees the lock."""
+        self._db.close()
+        os.close(self._lock_fd)
+
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes of the file and its write-ahead log."""
+        files = (self.path, self.path.with_name(self.path.name + "-wal"))
+        return sum(path.stat().st_size for path in files if path.exists())
+
+    def _begin_anew(self) -> None:
+        """Goes on in a new file with what can be read of the corrupt one, which is set aside.
+
+        It stays in place until the new one is complete, so that a crash or a full disk in between loses nothing.
+        """
+        self._broken = True
+        if hasattr(self, "_db"):
+            with contextlib.suppress(sqlite3.Error):
+                self._db.close()
+        with self._new_file() as new:
+            new.execute("BEGIN IMMEDIATE")
+            report = salvage.copy(self.path, new)
+            new.execute("COMMIT")
+        lost = "an unknown number" if report.lost is None else report.lost
+        log.critical(
+            "The corrupt journal was set aside as %s. Saved from it: %d events, %d dead letters; lost: %s",
+            self.salvaged, report.events, report.dead_letters, lost,
+        )  # fmt: skip
+
+    def be_there(self) -> bool:
+        """Somebody may have deleted the file under us: then all that it holds goes into a new one. Whether it did."""
+        if journalfile.inode(self.path) == self._inode:
+            return False
+        old, salvaged = self._db, self.salvaged
+        try:
+            journalfile.make_folder(self.path.parent)
+            lock_fd = self._lock_fd
+            if journalfile.inode(self._lock_path) != os.fstat(lock_fd).st_ino:
+                self._lock()
+                os.close(lock_fd)
+        except OSError as exc:
+            raise sqlite3.OperationalError(f"the journal's folder cannot be made again: {exc}") from exc
+        with self._new_file() as new:
+            old.backup(new)
+            if self.path.exists():  # another process of the master appends to one of its own already
+                journalfile.add(new, self.path)
+        old.close()
+        salvage.remove(Path(self.salvaged))  # the other process's, if any: it is in the new one
+        self.salvaged = salvaged
+        log.error("Somebody deleted the journal %s while it was in use; it was made again, nothing is lost", self.path)
+        return True
+
+    @contextlib.contextmanager
+    def _new_file(self) -> Iterator[sqlite3.Connection]:
+        """A journal to be filled, that then takes the place of what is there.
+
+        Raises:
+            sqlite3.OperationalError: the disk is full or read-only, say; everything is as before.
+        """
+        path = self.path.with_name("journal.new.sqlite")
+        try:
+            salvage.remove(path)
+            with contextlib.closing(journalfile.connect(path, timeout=TIMEOUT)) as new:
+                yield new
+            path.rename(journalfile.ready_path(self.path))
+            self._broken = True  # until that is open
+            self._replace()
+            self._db = self._connect()
+        except OSError as exc:
+            raise sqlite3.OperationalError(f"a new journal cannot be made: {exc}") from exc
+        self._load()
+        self._broken = False
+
+    def _replace(self) -> None:
+        """Puts the new file in the corrupt one's place. May be interrupted, and is then done again at the next start:
+        the last step alone makes the new file the journal, when nothing of the old one is left beside it."""
+        now = datetime.datetime.now(datetime.timezone.utc)
+        self.salvaged = str(salvage.set_aside(self.path, f"{now:%Y%m%dT%H%M%S%f}"))
+        journalfile.ready_path(self.path).rename(self.path)
+
+    def _lock(self) -> None:
+        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise JournalError(f"another mysql_jobcache engine is using the journal {self.path}") from None
+        self._lock_fd = fd
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name("lock")
+
+    def _connect(self) -> sqlite3.Connection:
+        db = journalfile.connect(self.path, timeout=TIMEOUT)
+        self._inode = self.path.stat().st_ino
+        return db
