@@ -35,11 +35,13 @@ log = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _RECONNECT_FIRST, _RECONNECT_MAX = 0.05, 1.0  # seconds
 _SHORT_LIVED = 1.0  # seconds
-_BREATH_SECONDS, _BREATH_BYTES, _BREATH_EVENTS = 0.04, 128 * 1024, 150
-"""After a small read the next waits up to 40 ms for more to come, less the more there was: at 1,500 events a second
-each would else wake the loop by itself, which costs more than everything else that the reader does. The kernel's buffer
-holds what comes meanwhile, 208 KiB or, of small events, some 170; a read that found 128 KiB or 150 events is followed
-by the next at once. Whoever gets the events is told how long they may have waited there."""
+_BREATH_SECONDS = 0.04
+_FULL_BYTES, _FULL_EVENTS, _FULL_SHARE = 128 * 1024, 150, 0.75
+"""After a read the next waits up to 40 ms for more to come: at 1,500 events a second each would else wake the loop by
+itself, which costs more than everything else that the reader does. The kernel's buffer holds what comes meanwhile, 208
+KiB or, of small events, some 170: the wait ends when three quarters of 128 KiB or 150 events will have come at the pace
+of the last read, and a read that found as much as that is followed by the next at once. Whoever gets the events is
+told how long they may have waited."""
 _READ_BYTES = 256 * 1024
 _FIXMAP_2 = 0x82
 
@@ -151,6 +153,7 @@ class BusReader(asyncio.BufferedProtocol):
         self._buffer = memoryview(bytearray(_READ_BYTES))
         self._transport: asyncio.Transport | None = None
         self._lost: asyncio.Event = asyncio.Event()
+        self._read_at = 0.0
         self._breath = 0.0
         self._finishing = False
 
@@ -212,7 +215,7 @@ class BusReader(asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._parser = None
-        self._breath = 0.0
+        self._read_at, self._breath = asyncio.get_running_loop().time(), 0.0
         self.connected = True
         self.connects += 1
 
@@ -233,11 +236,13 @@ class BusReader(asyncio.BufferedProtocol):
             if self._transport is not None:
                 self._transport.abort()
             return
-        waited = self._breath
-        self._breath = max(0.0, _BREATH_SECONDS * (1 - max(nbytes / _BREATH_BYTES, len(bodies) / _BREATH_EVENTS)))
+        loop = asyncio.get_running_loop()
+        waited, pause, self._read_at = self._breath, loop.time() - self._read_at, loop.time()
+        full = max(nbytes / _FULL_BYTES, len(bodies) / _FULL_EVENTS)
+        self._breath = min(_BREATH_SECONDS, pause * _FULL_SHARE / full) if full < 1 else 0.0
         if self._breath and self._transport is not None and not self._finishing:
             self._transport.pause_reading()
-            asyncio.get_running_loop().call_later(self._breath, self._transport.resume_reading)
+            loop.call_later(self._breath, self._transport.resume_reading)
         self.events_seen += len(bodies)
         self._on_events(bodies, waited)
 

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _GROUP_SECONDS = 0.045
 _GROUP_EVENTS = 256
+_WORTH_SECONDS = 0.01
+"""Within less time nothing more will come of the bus."""
 MEMORY_BYTES = 64 * 1024 * 1024
 _EVENT_BYTES = 400
 """What an event takes in memory beside its body."""
@@ -133,9 +135,11 @@ class Capture:
         loop = asyncio.get_running_loop()
         while True:
             await self._some.wait()
-            timer = loop.call_later(_GROUP_SECONDS - self._waited, self._due.set)
-            await self._due.wait()
-            timer.cancel()
+            left = _GROUP_SECONDS - self._waited
+            if left > _WORTH_SECONDS:
+                timer = loop.call_later(left, self._due.set)
+                await self._due.wait()
+                timer.cancel()
             try:
                 await self.drain()
             except sqlite3.Error as exc:
