@@ -200,7 +200,7 @@ class HandOff:
                     db.execute("ROLLBACK")
             self._db = None  # it may be the connection that is broken
             raise
-        if self._is_replaced():  # the engine set a corrupt file aside meanwhile, perhaps without this
+        if self._is_replaced():  # the engine sets a corrupt file aside, perhaps without this
             self._db = None
             self._store(events, 0)
         elif journalfile.wal_bytes(self._path) > _WAL_BYTES:
@@ -221,18 +221,17 @@ class HandOff:
     def _connection(self) -> sqlite3.Connection:
         if self._db is None or self._is_replaced():
             journalfile.make_folder(self._path.parent)
-            if journalfile.ready_path(self._path).exists():
+            if journalfile.is_being_replaced(self._path):
                 raise JournalError("a corrupt file is being replaced")
+            inode = journalfile.inode(self._path)  # from before, so that one that is replaced meanwhile is noticed
             self._db = journalfile.connect(self._path, timeout=_WAIT_SECONDS, upgrade=False)
             self._db.execute("PRAGMA synchronous = OFF")  # see journalfile.py
-            self._inode = self._path.stat().st_ino
+            self._inode = inode or journalfile.inode(self._path)
         return self._db
 
     def _is_replaced(self) -> bool:
-        try:
-            return os.stat(self._path).st_ino != self._inode  # noqa: PTH116 (twice a return)
-        except OSError:
-            return True
+        # In this order: the new file is there before the old one goes.
+        return journalfile.is_being_replaced(self._path) or journalfile.inode(self._path) != self._inode
 
     def _empty_log(self) -> None:
         """Without an engine someone must; in a thread, since it waits for the disk."""

@@ -92,6 +92,7 @@ WAL_BYTES = 4 * 1024 * 1024
 """From this size on the engine empties the write-ahead log."""
 _FEW_PAGES = 256
 _OPEN_AGAIN_SECONDS = 0.01
+_REPLACING_SECONDS = 300.0
 _MAX_APPEND_ROWS = 190  # times five values: SQLite before 3.32 takes 999 in a statement
 _APPEND_BYTES = 64 * 1024
 
@@ -114,9 +115,23 @@ def folder(cachedir: str) -> Path:
     return Path(cachedir) / "mysql_jobcache"
 
 
+def new_path(path: Path) -> Path:
+    """A file that is being made, to take a corrupt one's place."""
+    return path.with_name("journal.new.sqlite")
+
+
 def ready_path(path: Path) -> Path:
-    """A complete new file, that waits to take a corrupt one's place."""
+    """The same, complete; it waits to take that place."""
     return path.with_name("journal.ready.sqlite")
+
+
+def is_being_replaced(path: Path) -> bool:
+    """Whether what is appended now may be missing from the new file. An engine that died over it leaves one behind."""
+    try:
+        made = os.stat(new_path(path)).st_mtime  # noqa: PTH116 (twice a return)
+    except OSError:
+        return os.path.exists(ready_path(path))  # noqa: PTH110
+    return made > time.time() - _REPLACING_SECONDS
 
 
 def make_folder(path: Path) -> None:

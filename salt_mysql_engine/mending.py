@@ -81,7 +81,9 @@ class MendedFile:
             raise JournalError(f"the journal's folder {self.path.parent} cannot be used: {exc}") from exc
         try:
             try:
-                if journalfile.ready_path(self.path).exists():  # killed while a corrupt file was being replaced
+                # One that was killed while it made a new file: that is of no use, or complete.
+                salvage.remove(journalfile.new_path(self.path))
+                if journalfile.ready_path(self.path).exists():
                     self._replace()
                 self._db = self._connect()
                 self._load()
@@ -157,7 +159,7 @@ class MendedFile:
         Raises:
             sqlite3.OperationalError: the disk is full or read-only, say; everything is as before.
         """
-        path = self.path.with_name("journal.new.sqlite")
+        path = journalfile.new_path(self.path)
         try:
             salvage.remove(path)
             with contextlib.closing(journalfile.connect(path, timeout=TIMEOUT)) as new:
@@ -168,6 +170,9 @@ class MendedFile:
             self._db = self._connect()
         except OSError as exc:
             raise sqlite3.OperationalError(f"a new journal cannot be made: {exc}") from exc
+        finally:
+            with contextlib.suppress(OSError):
+                salvage.remove(path)
         self._load()
         self._broken = False
 

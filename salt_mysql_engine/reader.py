@@ -98,7 +98,7 @@ class Reader:
         rows = self.query(
             "SELECT `jid`, `load` FROM `jids` WHERE `jid` > %s ORDER BY `jid` LIMIT %s", after, _PAGE_ROWS
         )
-        return _by_jid(rows)
+        return _by_jid(_whole_jobs(rows, _PAGE_ROWS))
 
     def newest_jobs(self, count: int, *, skip: str = "") -> list[tuple[str, dict[str, Any]]]:
         """The newest ``count`` jobs but those of the function ``skip``, newest first."""
@@ -109,10 +109,11 @@ class Reader:
             where, values = ("", []) if before is None else ("WHERE `jid` < %s ", [before])
             rows = self.query(f"SELECT `jid`, `load` FROM `jids` {where}ORDER BY `jid` DESC LIMIT %s", *values, page)
             # By the load, which every row has: `fun` is NULL in rows of other writers.
-            found += [(jid, load) for jid, load in _by_jid(rows) if not skip or load.get("fun") != skip]
+            whole = _whole_jobs(rows, page)
+            found += [(jid, load) for jid, load in _by_jid(whole) if not skip or load.get("fun") != skip]
             if len(rows) < page:
                 break
-            before, read = rows[-1][0], read + page
+            before, read = whole[-1][0], read + page
             # As many as hold what is missing, if it goes on like this.
             page = min((count - len(found)) * (1 + read // max(1, len(found))) + 10, _PAGE_ROWS)
         return found[:count]
@@ -236,6 +237,11 @@ def parsed(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _whole_jobs(rows: list[pool.Row], page: int) -> list[pool.Row]:
+    """The rows of a page but for its last job's, where the next page may have more of them."""
+    return rows if len(rows) < page else [row for row in rows if row[0] != rows[-1][0]] or rows
 
 
 def _by_jid(rows: Iterable[pool.Row]) -> list[tuple[str, dict[str, Any]]]:

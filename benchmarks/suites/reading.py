@@ -3,8 +3,8 @@
 `lookup_jid` is the returner's `get_jid` for a job of 1,000 minions, beside a `SELECT *` of the same rows by the same
 driver, and beside one of `id` and `full_ret` alone, which is what it asks for; `get_fun` (of a function that ran five
 times: for others saltext.mysql takes minutes) and `get_jids_filter` stand beside those of saltext.mysql 1.1.0, which
-gets the same rows once in its own tables, as it documents them, and once in ours. The `jobs` runner gets one filter at
-a time, `limit=50`.
+gets the same rows once in its own tables, as it documents them, and once in ours; for `get_jids_filter` once more in a
+`jids` without a key, as databases of 2014 have it. The `jobs` runner gets one filter at a time, `limit=50`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks.worker import Worker
 from tests.support.saltext_returner import documented_schema
 
 _INDEXED = "saltext.mysql on our tables"
+_KEYLESS = "saltext.mysql on tables without a key"
 _SLOW_MS = 5_000
 
 
@@ -33,12 +34,19 @@ def run(bench: Bench) -> list[Figure]:
         Figure(name="returns in the tables", rounds=(float(loaded.returns),)),
     ]
     copy_to_documented(bench)
-    documented = {**opts, "mysql.db": "documented"}
-    with Worker("asking", json.dumps(opts)) as asker, Worker("asking", json.dumps(documented)) as theirs:
+    bench.db.create_database("keyless", "salt", "salt")
+    bench.db.sql("CREATE TABLE keyless.jids SELECT `jid`, `load` FROM documented.jids")
+    documented, keyless = ({**opts, "mysql.db": name} for name in ("documented", "keyless"))
+    with (
+        Worker("asking", json.dumps(opts)) as asker,
+        Worker("asking", json.dumps(documented)) as theirs,
+        Worker("asking", json.dumps(keyless)) as without_key,
+    ):
         figures += _lookup(bench, asker, loaded)
-        figures += _beside_saltext(bench, asker, theirs)
+        figures += _beside_saltext(bench, asker, theirs, without_key)
         figures += _filters(bench, asker, loaded)
-    bench.db.sql("DROP DATABASE documented")  # it would keep the others' rows out of the server's memory
+    for name in ("documented", "keyless"):  # they would keep the others' rows out of the server's memory
+        bench.db.sql(f"DROP DATABASE {name}")
     return figures
 
 
@@ -85,14 +93,16 @@ def _lookup(bench: Bench, asker: Worker, loaded: Loaded) -> list[Figure]:
     return figures
 
 
-def _beside_saltext(bench: Bench, asker: Worker, theirs: Worker) -> list[Figure]:
-    peers = {
-        "ours": (asker, ENGINE),
-        "saltext.mysql": (theirs, "mysql"),
-        _INDEXED: (asker, "mysql"),
-    }
+def _beside_saltext(bench: Bench, asker: Worker, theirs: Worker, without_key: Worker) -> list[Figure]:
     figures = []
     for function, args in (("get_fun", [RARE]), ("get_jids_filter", [50])):
+        peers = {
+            "ours": (asker, ENGINE),
+            "saltext.mysql": (theirs, "mysql"),
+            _INDEXED: (asker, "mysql"),
+        }
+        if function == "get_jids_filter":
+            peers[_KEYLESS] = (without_key, "mysql")
         said = f"{function}({', '.join(map(str, args))})"
         took: dict[str, list[float]] = {peer: [] for peer in peers}
         for number in range(bench.rounds + 1):
@@ -109,13 +119,15 @@ def _beside_saltext(bench: Bench, asker: Worker, theirs: Worker) -> list[Figure]
         figures.append(
             ratio(f"{function}: times faster than saltext.mysql", took["saltext.mysql"], ours, goal=50, more=True)
         )
-        figures.append(
+        figures += [
             Figure(
-                name=f"{function}: times faster than {_INDEXED}",
-                rounds=tuple(theirs / statistics.median(ours) for theirs in took[_INDEXED]),
+                name=f"{function}: times faster than {peer}",
+                rounds=tuple(theirs / statistics.median(ours) for theirs in took[peer]),
                 unit="x",
             )
-        )
+            for peer in (_INDEXED, _KEYLESS)
+            if peer in took
+        ]
     answer = asker.ask("call", returner=ENGINE, function="get_fun", args=["test.ping"], repetitions=bench.rounds)
     figures.append(Figure(name="get_fun(test.ping), ours", rounds=tuple(answer["ms"]), unit="ms"))
     return figures

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine import handoff, journalfile
+from salt_mysql_engine import handoff, journalfile, salvage
 from salt_mysql_engine.handoff import HandOff
 from tests.support.mariadb import wait_until
 from tests.support.scratch import Scratch
@@ -321,6 +321,41 @@ async def test_a_file_that_was_set_aside_is_left_for_the_new_one(
     async with shipping("mysql_jobcache", handed_off=True) as ship:
         await ship.drain()
     assert {row["jid"] for row in database.rows("salt_returns")} == {jid(number) for number in range(100)}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", ["before", "while"])
+async def test_what_is_handed_over_while_a_file_is_replaced_is_in_the_new_one(
+    database: Scratch, shipping: Make, hand: HandOff, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """After the new one was made of the old one, and before it takes that one's place."""
+    monkeypatch.setattr(handoff, "_RETRY_SECONDS", 0.05)
+    hand.returned(return_data(jid(1), "web1"))
+    copy, insert = salvage.copy, journalfile.insert
+
+    def copied(*args: Any) -> salvage.Report:
+        report = copy(*args)
+        if moment == "before":
+            hand.returned(return_data(jid(2), "web1"))
+        return report
+
+    async with shipping("mysql_jobcache", handed_off=True, flush_interval=0.05) as ship:
+        if moment == "before":
+            monkeypatch.setattr(salvage, "copy", copied)
+            await ship._in_journal(ship.journal._begin_anew)
+        else:  # the copy is made between the insert and its commit
+
+            def inserted(*args: Any) -> None:
+                insert(*args)
+                monkeypatch.setattr(journalfile, "insert", insert)
+                ship.journal._begin_anew()
+
+            monkeypatch.setattr(journalfile, "insert", inserted)
+            await ship._in_journal(hand.returned, return_data(jid(2), "web1"))
+        await ship.until(lambda: hand._thread is None)  # it holds nothing in memory
+        books = await ship.settled()
+    assert (books["captured"], books["written"]) == (2, 2)
+    assert {row["jid"] for row in database.rows("salt_returns")} == {jid(1), jid(2)}
 
 
 @pytest.mark.faults

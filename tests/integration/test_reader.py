@@ -485,6 +485,23 @@ def test_tables_of_an_older_shape_are_read_as_they_are(database: Scratch, tmp_pa
     assert (answers.endtimes() == {}) is (style == "2014")
 
 
+def test_a_job_whose_rows_are_on_two_pages_is_one_job(database: Scratch, tmp_path: Path) -> None:
+    """Tables without a key, and the row of its publish on the other page."""
+    MAKERS["2014"](database)
+    synthesised = {"id": "web1", "tgt": "web1", "fun": "x"}
+    published = {"cmd": "publish", "tgt": "*", "fun": "x", "user": "bob"}
+    find_job = {"tgt": "*", "fun": "saltutil.find_job", "user": "bob"}
+    loads = [(jid(n), find_job) for n in range(1, 500)] + [(jid(500), each) for each in (synthesised, published)]
+    loads += [(jid(n), find_job) for n in range(501, 511)]
+    values_of = [value for job, load in loads for value in (job, json.dumps(load))]
+    database.sql("INSERT INTO jids VALUES " + ", ".join(["(%s, %s)"] * len(loads)), *values_of)
+    answers = Answers(master(database, tmp_path))
+    assert [job for job, _ in answers.jobs()] == [jid(n) for n in range(1, 511)]
+    assert dict(answers.jobs())[jid(500)]["user"] == "bob"
+    ((job, load),) = answers.newest_jobs(1, skip="saltutil.find_job")
+    assert (job, load.get("user")) == (jid(500), "bob")
+
+
 async def test_find_job_is_left_out_also_where_nobody_filled_fun_in(
     database: Scratch, shipping: Make, tmp_path: Path
 ) -> None:
