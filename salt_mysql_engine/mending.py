@@ -7,6 +7,7 @@ is complete waits under ``journal.ready.sqlite``, and is put in its place at the
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import datetime
 import fcntl
@@ -47,7 +48,7 @@ def mended(method: Method) -> Method:
     return cast("Method", wrapper)
 
 
-class MendedFile:
+class MendedFile(abc.ABC):
     """The file at ``path``, locked and open as ``_db`` between :meth:`open` and :meth:`close`."""
 
     def __init__(self, path: Path) -> None:
@@ -60,13 +61,13 @@ class MendedFile:
         self._inode = 0
         self._db: sqlite3.Connection
 
+    @abc.abstractmethod
     def _load(self) -> None:
         """What the owner knows of a file that was just opened.
 
         Raises:
             sqlite3.DatabaseError: it is corrupt.
         """
-        raise NotImplementedError
 
     def open(self) -> None:
         """Creates, upgrades or opens the file; a corrupt one is set aside and salvaged.
