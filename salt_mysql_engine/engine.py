@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import datetime
 import gc
 import logging
@@ -36,6 +35,7 @@ from .records import Selection
 from .retention import Retention
 from .settings import Connection
 from .verify import Verifier
+from .waits import is_set_within
 from .writer import Writer
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ _TEND_SECONDS, _TEND_STEP_SECONDS = 10.0, 0.2
 _LOOK_SECONDS = 0.1
 _STOP_SECONDS = 3.0
 """Salt kills an engine 5 s after SIGTERM (``wait_for_kill``, salt/master.py 3006-3008)."""
+_CANCEL_AGAIN_SECONDS = 1.2  # the writer settles its last batch within 1
 
 
 def start(opts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -403,8 +404,7 @@ class Engine:
         while True:
             self._retimed.clear()
             await self._reload()
-            with contextlib.suppress(asyncio.TimeoutError):  # a new interval counts from now
-                await asyncio.wait_for(self._retimed.wait(), self._settings.pillar_refresh_seconds)
+            await is_set_within(self._retimed, self._settings.pillar_refresh_seconds)  # a new interval counts from now
 
     async def _reload(self, *, anew: bool = False) -> None:
         async with self._reloading:
@@ -470,8 +470,12 @@ class Engine:
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        # Again, because a driver's own wait_for() may swallow one (waits.py).
+        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_SECONDS)
     await asyncio.gather(*tasks, return_exceptions=True)
 
 

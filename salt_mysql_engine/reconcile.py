@@ -31,6 +31,7 @@ from .jobcache import Folder, Job, JobCache
 from .journal import Journal
 from .journalfile import NewEvent
 from .records import Selection
+from .waits import is_set_within
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +134,7 @@ class Reconciler:
     async def run(self) -> None:
         """Passes, when asked for and on the timer; until cancelled."""
         while True:
-            try:
-                await asyncio.wait_for(self._news.wait(), self.interval or None)
-            except asyncio.TimeoutError:
+            if not await is_set_within(self._news, self.interval or None):
                 self._asked.setdefault("timer", None)
             self._news.clear()
             if not self._asked:

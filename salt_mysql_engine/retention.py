@@ -7,7 +7,6 @@ tried again at the next round.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime
 import logging
 import time
@@ -19,6 +18,7 @@ from .database import Database
 from .errors import DatabaseError, EngineError
 from .purge import LOCK, purge
 from .steady import Busy, Steady
+from .waits import is_set_within
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ class Retention:
         wait = FIRST_SECONDS
         self._news.clear()
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), wait)
+            await is_set_within(self._news, wait)
             self._news.clear()
             wait = _ROUND_SECONDS
             try:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import itertools
 import logging
 import sqlite3
@@ -31,6 +30,7 @@ from .jobcache import JobCache, NoCache
 from .journal import Entry, Journal
 from .records import Ignored, Kind, Opened, Selection
 from .unconfirmed import Waiting
+from .waits import is_set_within
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +127,7 @@ class Verifier:
                 await asyncio.sleep(_LOOK_SECONDS)
             else:
                 self._some_wait.clear()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._some_wait.wait(), max(_LOOK_SECONDS, ahead_at - loop.time()))
+                if await is_set_within(self._some_wait, max(_LOOK_SECONDS, ahead_at - loop.time())):
                     await asyncio.sleep(_FIRST_LOOK_SECONDS)
 
     async def _remember(self) -> None:

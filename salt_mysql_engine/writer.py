@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import functools
 import logging
 import random
@@ -36,6 +35,7 @@ from .items import Item, Maker, Plain
 from .journal import Entry, Journal, Settlement
 from .rows import Rows
 from .verify import Checked, Verifier
+from .waits import is_set_within
 
 log = logging.getLogger(__name__)
 
@@ -298,8 +298,8 @@ class Writer:
         self.retries += 1
         self.failing = True
         ceiling = min(_BACKOFF_FIRST[exc.verdict] * 2 ** min(attempt, 10), _BACKOFF_MAX)
-        with contextlib.suppress(asyncio.TimeoutError):  # a flush that is asked for ends the wait
-            await asyncio.wait_for(self._hurry.wait(), random.uniform(0, ceiling))  # noqa: S311 (no secret)
+        # A flush that is asked for ends the wait.
+        await is_set_within(self._hurry, random.uniform(0, ceiling))  # noqa: S311 (no secret)
         self._hurry.clear()
 
     def _note(self, exc: DatabaseError) -> None:
