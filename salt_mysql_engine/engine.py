@@ -474,7 +474,7 @@ async def _end(*tasks: asyncio.Task[Any]) -> None:
     while left:
         for task in left:
             task.cancel()
-        # Again, because a driver's own wait_for() may swallow one (waits.py).
+        # Again, because the wait_for() around a statement may swallow one (waits.py).
         _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_SECONDS)
     await asyncio.gather(*tasks, return_exceptions=True)
 
