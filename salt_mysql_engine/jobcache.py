@@ -4,7 +4,8 @@
 (text), ``.load.p`` (the publish, or the first return of a job that nobody published), ``.minions.p`` and
 ``.minions.<syndic>.p``, ``nocache`` (an empty mark), and a folder for each minion with ``return.p`` (``return``,
 ``retcode``, ``success``) and ``out.p`` (salt/returners/local_cache.py 3006-3008). The files are msgpack, written
-beside and renamed. Only what passed the master's own ``_return`` is there, and the first return of a minion stands.
+beside and renamed, one after the other; 3008 syncs each before, for as long as the disk takes. Only what passed the
+master's own ``_return`` is there, and the first return of a minion stands.
 
 Everything is tolerated: a file that is half written, of someone else or not there is ``None``. Salt's own reader is
 not used, because it raises where ``.minions.p`` is missing and waits a second for a file that it cannot read.
@@ -31,8 +32,8 @@ log = logging.getLogger(__name__)
 MAX_FILE_BYTES = 64 * 1024 * 1024
 """A larger value would not fit into any row; it is treated as not there."""
 
-_NEW_SECONDS = 1.0
-"""For so long ``out.p`` may follow ``return.p`` (``returner``, salt/returners/local_cache.py 3006-3008)."""
+_BETWEEN_SECONDS = 1.0
+"""For so long the master may take from one file of a folder to the beginning of the next."""
 _ATOMIC_WRITE = ".___atomic_write"
 _OF_LOAD = ("fun", "user")
 
@@ -74,9 +75,10 @@ class JobCache:
             and not opts.get("ext_job_cache")
         )
 
-    def confirm(self, events: Iterable[Opened]) -> list[dict[str, Any] | None | NoCache]:
+    def confirm(self, events: Iterable[Opened], patience: float) -> list[dict[str, Any] | None | NoCache]:
         """For each event the payload as the cache has it; ``None`` when the cache does not have it, or not yet.
 
+        ``patience``: for how many seconds a file that does not come is taken for one that is being written.
         Each job's folder is opened, and its load read, once a call; one at a time.
         """
         confirmed: dict[int, dict[str, Any] | None | NoCache] = {}
@@ -90,12 +92,14 @@ class JobCache:
             with _open_job(self._folder(jid)) as job:
                 for number, tag, data in of_job:
                     try:
-                        confirmed[number] = self._confirm_in(job, tag, data)
+                        confirmed[number] = self._confirm_in(job, tag, data, patience)
                     except Exception:  # whatever a stranger wrote, the next event must be looked at
                         log.exception("The job cache cannot be compared with an event of jid %s", jid)
         return [confirmed.get(number) for number in range(total)]
 
-    def _confirm_in(self, job: _OpenJob, tag: Tag, data: dict[str, Any]) -> dict[str, Any] | None | NoCache:
+    def _confirm_in(
+        self, job: _OpenJob, tag: Tag, data: dict[str, Any], patience: float
+    ) -> dict[str, Any] | None | NoCache:
         load = job.load
         if tag.kind is Kind.JOB_NEW:
             return None if load is None else self._published(tag, data, load)
@@ -112,8 +116,8 @@ class JobCache:
             out = _read(f"{minion}/out.p", job.fd)
             if out is not None:
                 cached["out"] = out
-            elif _is_new(f"{job.path}/{minion}/return.p"):
-                return None  # its out.p may be on its way
+            elif _is_being_written(f"{job.path}/{minion}", patience):
+                return None
         return _as_cached(data, cached, load or {})
 
     def present(self, keys: Iterable[tuple[str, str]]) -> list[bool]:
@@ -179,6 +183,13 @@ class JobCache:
             if not records.is_jid(jid) or self._folder(jid) != path or opened.no_cache:
                 return None
             return Job(jid, load, [name for name in names if _is_id(name) and name not in ("jid", "endtime")])
+
+    def is_being_written(self, job: Job, minion: str, *, patience: float) -> bool:
+        """Whether the master may be about to add to what it stored of a minion's return, or (``""``) of the publish."""
+        folder = self._folder(job.jid)
+        if minion:
+            return _is_being_written(f"{folder}/{minion}", patience)
+        return bool(job.load.get("tgt")) and _is_being_written(folder, patience) and self._minions(folder) is None
 
     def new_event(self, job: Job) -> bytes | None:
         """The event of a job's publish; ``None`` where the load is no publish's."""
@@ -273,9 +284,16 @@ def _return(minion: str, job: _OpenJob) -> dict[str, Any] | None:
     return cached if isinstance(cached, dict) and "return" in cached else None
 
 
-def _is_new(path: str) -> bool:
-    changed_at = _changed_at(path)
-    return changed_at is not None and changed_at > time.time() - _NEW_SECONDS
+def _is_being_written(folder: str, patience: float) -> bool:
+    """Whether a file may still come: one lies there unfinished, or the last one came just now.
+
+    The folder's time says so, not the last file's, which is from before that file was synced and renamed.
+    """
+    changed_at = _changed_at(folder)
+    age = time.time() - changed_at if changed_at is not None else patience
+    if age >= patience:
+        return False
+    return age < _BETWEEN_SECONDS or any(entry.name.startswith(_ATOMIC_WRITE) for entry in _entries(folder))
 
 
 def _as_cached(data: dict[str, Any], cached: Mapping[str, Any], load: Mapping[str, Any]) -> dict[str, Any]:

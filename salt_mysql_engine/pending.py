@@ -129,7 +129,7 @@ class Pending:
                 unsure[len(events)] = event
             events.append((captured_at, event))
         if unsure:
-            payloads = JobCache(self._opts).confirm(unsure.values())
+            payloads = JobCache(self._opts).confirm(unsure.values(), patience=0.0)
             for (number, event), payload in zip(unsure.items(), payloads, strict=True):
                 said = records.with_payload(event, payload) if isinstance(payload, dict) else None
                 events[number] = events[number][0], said

@@ -120,6 +120,7 @@ class Reconciler:
         self._asked: dict[str, float | None] = {"start": None}
         self._news = asyncio.Event()
         self._news.set()
+        self._some_being_written = False
 
     def ask(self, reason: str, since: float | None = None) -> None:
         """A pass as soon as may be: ``since`` a moment (seconds since the epoch), or since the last one (``None``)."""
@@ -129,7 +130,10 @@ class Reconciler:
     def ask_after_gap(self) -> None:
         """A pass now, and one later: a bus that begins anew may still swallow what the master's workers send first."""
         self.ask("a gap on the bus")
-        asyncio.get_running_loop().call_later(_SECOND_LOOK_SECONDS, self.ask, "a gap a while ago")
+        self._ask_later("a gap a while ago")
+
+    def _ask_later(self, reason: str) -> None:
+        asyncio.get_running_loop().call_later(_SECOND_LOOK_SECONDS, self.ask, reason)
 
     async def run(self) -> None:
         """Passes, when asked for and on the timer; until cancelled."""
@@ -175,6 +179,9 @@ class Reconciler:
                 reason = ", ".join(asked)
         self.last, self.now = self.now._replace(error="", seconds=time.time() - began), None
         self.passes += 1
+        if self._some_being_written:
+            self._some_being_written = False
+            self._ask_later("files that were being written")
         added = self.last.loads_added + self.last.returns_added
         if added:
             log.warning(
@@ -281,17 +288,25 @@ class Reconciler:
     def _missing_of(
         self, job: Job, minions: list[str], known: set[tuple[str, str]], loads: dict[str, str]
     ) -> Iterator[NewEvent]:
-        new = self._cache.new_event(job) if (job.jid, "") not in known else None
+        new = None
+        if (job.jid, "") not in known and not self._is_being_written(job, ""):
+            new = self._cache.new_event(job)
         if new is not None and self._becomes_row(new) and _says_more(new, loads.get(job.jid)):
             yield NewEvent(time.time(), job.jid, "", new, trusted=True)
         for minion in minions:
-            if (job.jid, minion) in known:
+            if (job.jid, minion) in known or self._is_being_written(job, minion):
                 continue
             body = self._cache.return_event(job, minion)
             if body is None:
                 self._note(unreadable=1)
             elif self._becomes_row(body):
                 yield NewEvent(time.time(), job.jid, minion, body, trusted=True)
+
+    def _is_being_written(self, job: Job, minion: str) -> bool:
+        """Whether it is too early to look: the bus has likely brought it when the next pass comes round."""
+        is_it = self._cache.is_being_written(job, minion, patience=SETTLE_SECONDS)
+        self._some_being_written |= is_it
+        return is_it
 
     def _becomes_row(self, body: bytes) -> bool:
         """Whether the writer would make a row of it: else it would be found missing again and again."""

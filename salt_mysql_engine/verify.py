@@ -147,7 +147,9 @@ class Verifier:
         if not looked:
             return opened, [], {}
         assert self._cache is not None
-        payloads = await self._in_cache(self._cache.confirm, [checked.event for checked in looked])
+        # Half the time that a return has: what lacks a file that never comes must not become a dead letter for that.
+        patience = self.wait_seconds / 2
+        payloads = await self._in_cache(self._cache.confirm, [checked.event for checked in looked], patience)
         found: dict[int, dict[str, Any] | NoCache | None] = {
             checked.entry.seq: payload for checked, payload in zip(looked, payloads, strict=True)
         }

@@ -257,6 +257,29 @@ async def test_files_of_strangers_and_half_written_ones_are_passed_over(
     assert tables(database)["salt_returns"].keys() >= {(jid(1), "web1"), (jid(1), "web2"), (jid(2), "call")}
 
 
+async def test_what_the_master_is_still_writing_is_looked_at_a_while_later(
+    database: Scratch, cache: Cache, reconciling: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile, "_SECOND_LOOK_SECONDS", 0.3)
+    cache.accept(*everything())
+    job = cache.folder(jid(1))
+    minions, out = (job / ".minions.p").read_bytes(), (job / "web2" / "out.p").read_bytes()
+    (job / ".minions.p").unlink()
+    (job / "web2" / "out.p").unlink()
+    soon = time.time() + 1.0
+    for folder in (job, job / "web2"):  # changed a moment before it is looked at
+        os.utime(folder, (soon, soon))
+    async with reconciling() as ship:
+        assert added(await first(ship)) == (0, 4)
+        (job / "web2" / "out.p").write_bytes(out)
+        (job / ".minions.p").write_bytes(minions)
+        await ship.until(lambda: database.count("salt_returns") == 5)
+        await ship.settled()
+    done = tables(database)
+    assert done["jids"][jid(1)]["Minions"] == ["web1", "web2"]
+    assert done["salt_returns"][jid(1), "web2"][-1]["out"] == "highstate"
+
+
 # Which, and in what order
 
 

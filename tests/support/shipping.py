@@ -331,6 +331,7 @@ class Cache:
                 (folder / "out.p").write_bytes(_packed(out))
             if at:
                 os.utime(file, (at, at))
+                os.utime(folder, (at, at))
         return file
 
     def accept(self, *bodies: bytes) -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.unit import values
 MASTER = "master1"
 JID, OTHER = "20260102030405000006", "20260102030405000007"
 LONG_AGO = 1767323045.25
+PATIENCE = 5.0
 STAMP = "2026-01-02T03:04:05.000006"
 TRIMMED = records.TRIMMED
 SELECTION = records.Selection(settings.combine({}, {}), master_id=MASTER)
@@ -45,7 +47,7 @@ class Cache(shipping.Cache):
 
     def confirm(self, tag: str, data: Any) -> Any:
         """What the cache says of one event."""
-        (said,) = self.reader.confirm([opened(tag, data)])
+        (said,) = self.reader.confirm([opened(tag, data)], PATIENCE)
         return said
 
 
@@ -163,9 +165,32 @@ def test_what_the_cache_does_not_say_of_a_return_is_not_taken_from_the_event(cac
 
 def test_a_return_whose_outputter_may_be_on_its_way_is_waited_for(cache: Cache) -> None:
     cache.job(JID, load_of(), ["web1"])
-    cache.returned(JID, "web1", 1, retcode=0, success=True)  # Salt writes out.p after it
+    file = cache.returned(JID, "web1", 1, retcode=0, success=True)  # Salt writes out.p after it
     assert cache.confirm(RETURN, return_data(value=1, out="highstate")) is None
     assert cache.confirm(RETURN, return_data(value=1)) == return_data(value=1)
+    os.utime(file, (LONG_AGO, LONG_AGO))  # it was synced for long before it was renamed (salt/utils/atomicfile.py 3008)
+    assert cache.confirm(RETURN, return_data(value=1, out="highstate")) is None
+
+
+@pytest.mark.parametrize(("seconds_ago", "waited_for"), [(PATIENCE - 1, True), (PATIENCE + 1, False)])
+def test_an_outputter_that_is_being_synced_is_waited_for_as_long_as_patience_lasts(
+    cache: Cache, seconds_ago: float, waited_for: bool
+) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    folder = cache.returned(JID, "web1", 1, retcode=0, success=True).parent
+    ago = time.time() - seconds_ago
+    os.utime(folder, (ago, ago))
+    event = return_data(value=1, retcode=0, success=True, out="highstate")
+    assert cache.confirm(RETURN, event) == return_data(value=1, retcode=0, success=True)
+    (folder / ".___atomic_writeh4lf").write_bytes(b"")
+    os.utime(folder, (ago, ago))
+    if waited_for:
+        assert cache.confirm(RETURN, event) is None
+        (folder / ".___atomic_writeh4lf").write_bytes(msgpack.packb("highstate"))
+        (folder / ".___atomic_writeh4lf").rename(folder / "out.p")
+        assert cache.confirm(RETURN, event) == event
+    else:  # whoever wrote it died
+        assert cache.confirm(RETURN, event) == return_data(value=1, retcode=0, success=True)
 
 
 def test_the_outputter_comes_from_its_own_file(cache: Cache) -> None:
@@ -277,7 +302,7 @@ def test_an_id_that_is_no_name_leads_nowhere_and_raises_nothing(cache: Cache, mi
     for above in (folder, folder.parent, folder.parent.parent, cache.cachedir):
         (above / "return.p").write_bytes(values.packed({"return": "planted"}))
     event = Opened("", records.Tag(records.Kind.JOB_RETURN, JID, minion), return_data(minion=minion), False)
-    assert cache.reader.confirm([event]) == [None]
+    assert cache.reader.confirm([event], PATIENCE) == [None]
     assert cache.reader.present([(JID, minion), (JID, "web1")]) == [minion == "", True], "no id at all asks for the job"
     job = cache.read(JID)
     assert cache.reader.return_event(job, minion) is None
@@ -286,7 +311,7 @@ def test_an_id_that_is_no_name_leads_nowhere_and_raises_nothing(cache: Cache, mi
 @pytest.mark.parametrize("jid", ["..", "", "nocache", "req", "../" + JID, JID + "\0", "x" * 5000, "\udcff", JID[:-1]])
 def test_a_jid_that_is_none_leads_nowhere_and_raises_nothing(cache: Cache, jid: str) -> None:
     event = Opened("", records.Tag(records.Kind.JOB_RETURN, jid, "web1"), return_data(jid=jid), False)
-    assert cache.reader.confirm([event]) == [None]
+    assert cache.reader.confirm([event], PATIENCE) == [None]
     assert cache.reader.present([(jid, "web1"), (jid, "")]) == [False, False]
 
 
@@ -368,7 +393,7 @@ def test_whatever_stands_in_the_cache_and_in_the_event_raises_nothing(
     for tag in (RETURN, NEW, f"salt/run/{JID}/new", f"salt/run/{JID}/ret", f"salt/wheel/{JID}/ret"):
         event = records.open_event(tag.encode() + b"\n\n" + values.packed({"jid": JID, **data}))
         if isinstance(event, Opened):
-            (said,) = cache.reader.confirm([event])
+            (said,) = cache.reader.confirm([event], PATIENCE)
             assert said is None or isinstance(said, (dict, NoCache))
     job = cache.read(JID)
     assert SELECTION.skips("x") is False
@@ -472,7 +497,9 @@ def test_each_event_gets_its_own_answer_and_each_load_is_read_once(
 
     monkeypatch.setattr(jobcache, "_read", counted)
     events = [opened(f"salt/job/{JID}/ret/web{n}", return_data(minion=f"web{n}", value=n)) for n in range(50)]
-    said = cache.reader.confirm([*events, opened(f"salt/job/{OTHER}/ret/a", return_data(jid=OTHER, minion="a"))])
+    said = cache.reader.confirm(
+        [*events, opened(f"salt/job/{OTHER}/ret/a", return_data(jid=OTHER, minion="a"))], PATIENCE
+    )
     assert said == [*(event.data if n % 2 == 0 else None for n, event in enumerate(events)), None]
     assert sum(path.endswith(".load.p") for path in read) <= 2
 
@@ -486,7 +513,7 @@ def test_a_step_of_many_jobs_takes_few_descriptors(cache: Cache) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 100, before[1]))
     try:
-        said = cache.reader.confirm(events)
+        said = cache.reader.confirm(events, PATIENCE)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert said == [event.data for event in events]
@@ -659,7 +686,7 @@ def test_a_return_from_the_cache_is_the_row_of_the_genuine_event(
     made = cache.reader.return_event(job, minion)
     assert made is not None
     assert row(made) == row(event)
-    (said,) = cache.reader.confirm([event])
+    (said,) = cache.reader.confirm([event], PATIENCE)
     assert isinstance(said, dict)
     assert row(records.with_payload(event, said)) == row(event)
     assert jsontext.dumps(said) == jsontext.dumps(event.data) or how in ("run", "wheel")
@@ -703,7 +730,8 @@ def test_what_salts_own_local_cache_wrote_is_read(tmp_path: Path, hash_type: str
             opened(f"salt/job/{JID}/ret/web2", second),
             opened(NEW, new_data()),
             opened(f"salt/job/{OTHER}/ret/web1", return_data(jid=OTHER)),
-        ]
+        ],
+        PATIENCE,
     )
     assert said[:2] == [data, second]
     assert said[2] == {**new_data(), "kwargs": load["kwargs"], "ret": ""}
