@@ -169,15 +169,15 @@ class Capture:
             count += 1
             size += len(event.body) + _EVENT_BYTES
         self._group, self._held = self._held[:count], self._held[count:]
-        dropped, self.dropped = self.dropped, 0
+        dropped = self.dropped
         try:
             taken = await self._in_journal(lambda: self._journal.append(self._group, dropped=dropped))
         except sqlite3.Error:
             self._group, self._held = [], self._group + self._held
-            self.dropped += dropped
             self._some.set()
             raise
         self._group = []
+        self.dropped -= dropped
         self._bytes -= size
         if taken:
             self._on_append(taken, size)
