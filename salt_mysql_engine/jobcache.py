@@ -4,8 +4,8 @@
 (text), ``.load.p`` (the publish, or the first return of a job that nobody published), ``.minions.p`` and
 ``.minions.<syndic>.p``, ``nocache`` (an empty mark), and a folder for each minion with ``return.p`` (``return``,
 ``retcode``, ``success``) and ``out.p`` (salt/returners/local_cache.py 3006-3008). The files are msgpack, written
-beside and renamed, one after the other; 3008 syncs each before, for as long as the disk takes. Only what passed the
-master's own ``_return`` is there, and the first return of a minion stands.
+beside and renamed, one after the other; 3006.28 and 3008 sync each before, for as long as the disk takes. Only what
+passed the master's own ``_return`` is there, and the first return of a minion stands.
 
 Everything is tolerated: a file that is half written, of someone else or not there is ``None``. Salt's own reader is
 not used, because it raises where ``.minions.p`` is missing and waits a second for a file that it cannot read.
@@ -90,17 +90,17 @@ class JobCache:
                 by_job[event.job.jid].append((number, event.job, event.data))
         for jid, of_job in by_job.items():
             with _open_job(self._folder(jid)) as job:
+                load = _load(job)
                 for number, tag, data in of_job:
                     try:
-                        confirmed[number] = self._confirm_in(job, tag, data, patience)
+                        confirmed[number] = self._confirm_in(job, load, tag, data, patience)
                     except Exception:  # whatever a stranger wrote, the next event must be looked at
                         log.exception("The job cache cannot be compared with an event of jid %s", jid)
         return [confirmed.get(number) for number in range(total)]
 
     def _confirm_in(
-        self, job: _OpenJob, tag: Tag, data: dict[str, Any], patience: float
+        self, job: _OpenJob, load: dict[str, Any] | None, tag: Tag, data: dict[str, Any], patience: float
     ) -> dict[str, Any] | None | NoCache:
-        load = job.load
         if tag.kind is Kind.JOB_NEW:
             return None if load is None else self._published(tag, data, load)
         if tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
@@ -108,7 +108,7 @@ class JobCache:
         minion = tag.minion if tag.kind is Kind.JOB_RETURN else self._master_id
         cached = _return(minion, job)
         if cached is None:
-            return NoCache() if job.no_cache else None
+            return NoCache() if _asked_not_to_be_kept(job) else None
         if tag.kind is not Kind.JOB_RETURN:
             value = cached["return"]
             return {**value, "_stamp": data.get("_stamp")} if isinstance(value, dict) else None
@@ -176,11 +176,11 @@ class JobCache:
                 jid = Path(path, "jid").read_bytes()[:64].decode()
             except (OSError, UnicodeDecodeError):
                 jid = ""
-            load = opened.load or {}
+            load = _load(opened) or {}
             if not records.is_jid(jid):
                 # Salt truncates the file and writes it anew at every return: a master that died then left it empty.
                 jid = str(load.get("jid"))
-            if not records.is_jid(jid) or self._folder(jid) != path or opened.no_cache:
+            if not records.is_jid(jid) or self._folder(jid) != path or _asked_not_to_be_kept(opened):
                 return None
             return Job(jid, load, [name for name in names if _is_id(name) and name not in ("jid", "endtime")])
 
@@ -197,13 +197,12 @@ class JobCache:
 
     def return_event(self, job: Job, minion: str) -> bytes | None:
         """The event of a minion's return, stamped with the time at which it was stored; ``None``: no such return."""
-        folder = self._folder(job.jid)
-        with _open_job(folder) as opened:
+        with _open_job(self._folder(job.jid)) as opened:
             cached = _return(minion, opened)
-            out = None if cached is None else _read(f"{minion}/out.p", opened.fd)
-        if cached is None:
-            return None
-        stored_at = _changed_at(f"{folder}/{minion}/return.p") or _changed_at(f"{folder}/{minion}")
+            if cached is None:
+                return None
+            out = _read(f"{minion}/out.p", opened.fd)
+            stored_at = _changed_at(f"{minion}/return.p", opened.fd) or _changed_at(minion, opened.fd)
         if stored_at is None:
             return None
         stamp = {"_stamp": records.utc(stored_at).isoformat()}
@@ -245,12 +244,10 @@ class JobCache:
 
 
 class _OpenJob(NamedTuple):
-    """A job's folder, open (``fd`` is ``None``: there is none), and its load."""
+    """A job's folder, open (``fd`` is ``None``: there is none)."""
 
     path: str
     fd: int | None
-    load: dict[str, Any] | None
-    no_cache: bool
 
 
 @contextlib.contextmanager
@@ -258,18 +255,22 @@ def _open_job(folder: str) -> Iterator[_OpenJob]:
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        yield _OpenJob(folder, None, None, no_cache=False)
+        yield _OpenJob(folder, None)
         return
     try:
-        yield _OpenJob(folder, fd, _load(fd), no_cache=os.path.exists(f"{folder}/nocache"))  # noqa: PTH110 (never raises)
+        yield _OpenJob(folder, fd)
     finally:
         os.close(fd)
 
 
-def _load(folder_fd: int) -> dict[str, Any] | None:
+def _load(job: _OpenJob) -> dict[str, Any] | None:
     """A job's load without what authenticated it."""
-    load = _read(".load.p", folder_fd)
+    load = None if job.fd is None else _read(".load.p", job.fd)
     return records.without_secrets(load) if isinstance(load, dict) else None
+
+
+def _asked_not_to_be_kept(job: _OpenJob) -> bool:
+    return job.fd is not None and _changed_at("nocache", job.fd) is not None
 
 
 def _return(minion: str, job: _OpenJob) -> dict[str, Any] | None:
@@ -333,9 +334,9 @@ def _entries(path: str) -> list[os.DirEntry[str]]:
         return []
 
 
-def _changed_at(path: str) -> float | None:
+def _changed_at(path: str, folder_fd: int | None = None) -> float | None:
     try:
-        return os.stat(path).st_mtime  # noqa: PTH116 (a name of a stranger)
+        return os.stat(path, dir_fd=folder_fd).st_mtime
     except (OSError, ValueError):
         return None
 

@@ -78,10 +78,11 @@ class Pass(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a folder may have to offer."""
+    """What a folder may have to offer; of a job that comes in parts, the first one offers its publish."""
 
     job: Job
     minions: list[str]
+    publish: bool = True
 
 
 class Reconciler:
@@ -246,14 +247,15 @@ class Reconciler:
         return not records.is_function(fun) or not self.selection.skips(fun)
 
     async def _compare(self, session: Session | None, some: list[_Found]) -> None:
-        jids = [job.jid for job, _ in some]
+        jids = [found.job.jid for found in some]
         known: set[tuple[str, str]] = await self._in_journal(self._journal.known, jids)
         loads: dict[str, Any] = {}
         if session is not None:
-            keys = [(job.jid, minion) for job, minions in some for minion in minions]
-            if keys:
-                known.update(await session.query(sql.select_returned(keys)))
-            loads = dict(await session.query(sql.select_stored_loads(jids)))
+            keys = [(found.job.jid, minion) for found in some for minion in found.minions]
+            for statement in sql.select_returned(keys):
+                known.update(await session.query(statement))
+            if of_publishes := [found.job.jid for found in some if found.publish]:
+                loads = dict(await session.query(sql.select_stored_loads(of_publishes)))
             await session.rollback()
         events = await self._in_cache(self._missing, some, known, loads)
         while events:
@@ -276,20 +278,19 @@ class Reconciler:
     def _missing(self, some: list[_Found], known: set[tuple[str, str]], loads: dict[str, str]) -> list[NewEvent]:
         """The events of what nobody has, the newest first."""
         events: list[NewEvent] = []
-        for job, minions in some:
+        for found in some:
             try:
-                events += self._missing_of(job, minions, known, loads)
+                events += self._missing_of(found, known, loads)
             except Exception:  # as above
-                log.exception("What the job cache holds for jid %s cannot be used", job.jid)
+                log.exception("What the job cache holds for jid %s cannot be used", found.job.jid)
                 self._note(unreadable=1)
         events.reverse()
         return events
 
-    def _missing_of(
-        self, job: Job, minions: list[str], known: set[tuple[str, str]], loads: dict[str, str]
-    ) -> Iterator[NewEvent]:
+    def _missing_of(self, found: _Found, known: set[tuple[str, str]], loads: dict[str, str]) -> Iterator[NewEvent]:
+        job, minions, publish = found
         new = None
-        if (job.jid, "") not in known and not self._is_being_written(job, ""):
+        if publish and (job.jid, "") not in known and not self._is_being_written(job, ""):
             new = self._cache.new_event(job)
         if new is not None and self._becomes_row(new) and _says_more(new, loads.get(job.jid)):
             yield NewEvent(time.time(), job.jid, "", new, trusted=True)
@@ -311,8 +312,10 @@ class Reconciler:
     def _becomes_row(self, body: bytes) -> bool:
         """Whether the writer would make a row of it: else it would be found missing again and again."""
         event = records.open_event(body)
-        return isinstance(event, records.Opened) and isinstance(
-            records.interpret(event, time.time(), self.selection), records.Record
+        return (
+            isinstance(event, records.Opened)
+            and not self.selection.is_of_peer(event.data)
+            and records.refusal(event.job, event.data, self.selection) is None
         )
 
     def _note(self, *, total_jobs: int | None = None, **more: int) -> None:
@@ -327,13 +330,13 @@ def _portions(found: list[_Found]) -> Iterator[list[_Found]]:
     """Jobs with at most 1,000 returns together; a larger job comes in several parts."""
     portion: list[_Found] = []
     room = _STEP_RETURNS
-    for job, minions in found:
+    for job, minions, _ in found:
         for start in range(0, max(1, len(minions)), _STEP_RETURNS):
             part = minions[start : start + _STEP_RETURNS]
             if portion and len(part) > room:
                 yield portion
                 portion, room = [], _STEP_RETURNS
-            portion.append(_Found(job, part))
+            portion.append(_Found(job, part, publish=start == 0))
             room -= len(part)
     if portion:
         yield portion

@@ -360,7 +360,7 @@ def interpret(event: Opened, captured_at: float, selection: Selection) -> Record
 
 
 def refusal(tag: Tag | None, data: Mapping[str, Any], selection: Selection) -> Ignored | None:
-    """Why an event is no row of a job by what it says itself; ``None`` when it may be one."""
+    """Why an event is no row of a job; ``None`` when :func:`interpret` makes it one."""
     if tag is None or not selection.wants_job(tag):
         return Ignored.SWITCHED_OFF
     if data.get("cmd") == "_minion_event":
@@ -380,7 +380,22 @@ def refusal(tag: Tag | None, data: Mapping[str, Any], selection: Selection) -> I
             return Ignored.TAG_MISMATCH
         if len(tag.minion) > MAX_NAME_CHARACTERS:
             return Ignored.TOO_LONG
+        return None if "return" in data else Ignored.MISSING_KEY
+    if not data.keys() >= _NEEDED[tag.kind]:
+        return Ignored.MISSING_KEY
+    if tag.kind is Kind.JOB_NEW and published_load(data) is None:
+        return Ignored.WRONG_TYPE
     return None
+
+
+_NEEDED = {
+    Kind.JOB_NEW: {"tgt", "fun", "arg", "minions"},
+    Kind.RUNNER_NEW: {"fun"},
+    Kind.RUNNER_RETURN: {"fun", "return"},
+    Kind.WHEEL_NEW: {"fun"},
+    Kind.WHEEL_RETURN: {"fun", "return"},
+    Kind.MINIONS: set[str](),
+}
 
 
 def _job_rows(
@@ -391,20 +406,16 @@ def _job_rows(
         return refused or Ignored.SWITCHED_OFF
     if tag.kind is _JOB_RETURN:
         return _minion_return(tag, data, altered, trimmed)
+    if tag.kind in MASTER_RETURNS:
+        return _master_return(tag, data, altered, selection.master_id)
     if tag.kind is Kind.JOB_NEW:
-        return _published_load(tag, data)
-    if tag.kind is Kind.MINIONS:
-        return Record(load=Load(tag.jid, {"jid": tag.jid, "Minions": data.get("minions")}))
-    if tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
-        return _master_load(tag, data, selection.master_id)
-    return _master_return(tag, data, altered, selection.master_id)
-
-
-def _published_load(tag: Tag, data: dict[str, Any]) -> Record | Ignored:
-    if not data.keys() >= {"tgt", "fun", "arg", "minions"}:
-        return Ignored.MISSING_KEY
-    load = published_load(data)
-    return Ignored.WRONG_TYPE if load is None else Record(load=Load(tag.jid, load))
+        load = published_load(data)
+        assert load is not None
+    elif tag.kind is Kind.MINIONS:
+        load = {"jid": tag.jid, "Minions": data.get("minions")}
+    else:
+        load = _master_job(tag, data, selection.master_id)
+    return Record(load=Load(tag.jid, load))
 
 
 def published_load(data: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -429,9 +440,7 @@ def published_load(data: Mapping[str, Any]) -> dict[str, Any] | None:
     return load
 
 
-def _minion_return(tag: Tag, data: dict[str, Any], altered: str, trimmed: bool) -> Record | Ignored:
-    if "return" not in data:
-        return Ignored.MISSING_KEY
+def _minion_return(tag: Tag, data: dict[str, Any], altered: str, trimmed: bool) -> Record:
     success = _success(data)
     retcode = data.get("retcode", 0 if success else 1)
     return_json = jsontext.dumps(data["return"])
@@ -458,12 +467,6 @@ def _minion_return(tag: Tag, data: dict[str, Any], altered: str, trimmed: bool) 
     )
 
 
-def _master_load(tag: Tag, data: dict[str, Any], master_id: str) -> Record | Ignored:
-    if "fun" not in data:
-        return Ignored.MISSING_KEY
-    return Record(load=Load(tag.jid, _master_job(tag, data, master_id)))
-
-
 def _master_job(tag: Tag, data: Mapping[str, Any], master_id: str) -> dict[str, Any]:
     return {
         "jid": tag.jid,
@@ -476,10 +479,8 @@ def _master_job(tag: Tag, data: Mapping[str, Any], master_id: str) -> dict[str, 
     }
 
 
-def _master_return(tag: Tag, data: dict[str, Any], altered: str, master_id: str) -> Record | Ignored:
+def _master_return(tag: Tag, data: dict[str, Any], altered: str, master_id: str) -> Record:
     """A runner's or wheel's return: ``return`` is the whole of ``data``, as the master's cache has it."""
-    if not data.keys() >= {"fun", "return"}:
-        return Ignored.MISSING_KEY
     success = _success(data)
     return_json = jsontext.dumps(data)
     full_ret = {

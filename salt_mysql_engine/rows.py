@@ -178,8 +178,8 @@ class Rows:
 
     async def _returned(self, keys: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
         found: set[tuple[str, str]] = set()
-        for start in range(0, len(keys), sql.MAX_KEYS):
-            found.update(await self._session.query(sql.select_returned(keys[start : start + sql.MAX_KEYS])))
+        for statement in sql.select_returned(keys):
+            found.update(await self._session.query(statement))
         return found
 
     async def _new_trimmed(self, items: list[Item]) -> int:
@@ -258,8 +258,8 @@ class Rows:
         how many others differ."""
         keys = sorted({(ret.jid, ret.id) for ret in returns})
         stands: dict[tuple[str, str], tuple[str, bool]] = {}
-        for start in range(0, len(keys), sql.MAX_KEYS):
-            found = await self._session.query(sql.select_return_digests(keys[start : start + sql.MAX_KEYS]))
+        for statement in sql.select_return_digests(keys):
+            found = await self._session.query(statement)
             stands.update(((jid, id_), (digest, bool(trimmed))) for jid, id_, digest, trimmed in reversed(found))
         mended: set[tuple[str, str]] = set()
         differing: list[Return] = []

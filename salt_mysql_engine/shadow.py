@@ -23,7 +23,7 @@ from .blueprint import ARCHIVE
 from .database import Session
 from .errors import EngineError, RowsRejected
 from .schema import Table
-from .sql import MAX_KEYS, quote
+from .sql import MAX_BRANCHES, quote
 from .steady import Steady
 
 NEW, OLD = "mysql_jobcache_new_", "mysql_jobcache_old_"
@@ -244,8 +244,8 @@ class Shadow:
         if not found:
             return
         keyed = [row[:-1] for row in found]
-        for start in range(0, len(keyed), MAX_KEYS):
-            among = self._among(keyed[start : start + MAX_KEYS])
+        for start in range(0, len(keyed), MAX_BRANCHES):
+            among = self._among(keyed[start : start + MAX_BRANCHES])
             await session.execute(folding.insert(self._of, source, self._name, *tables, among))
         if self._of == "jids":
             await self._merge(session, source, [jid for jid, missing in found if not missing])

@@ -146,7 +146,7 @@ class FakeSession:
             return [(job, loads[job]) for job in literals(text) if job in loads]
         assert "FROM `salt_returns`" in text, text[:80]
         returns = {**self._store.returns, **self._returns}
-        keys = [key for key in pairs([its for its in literals(text) if not its.startswith("%")]) if key in returns]
+        keys = [key for key in asked_for(text) if key in returns]
         if "SHA1" not in text:
             return list(keys)
         return [
@@ -181,8 +181,11 @@ class FakeSession:
         self._loads, self._returns = {}, {}
 
 
-def pairs(found: list[str]) -> list[tuple[str, str]]:
-    return list(zip(found[::2], found[1::2], strict=True))
+def asked_for(text: str) -> list[tuple[str, str]]:
+    """The (jid, minion) of a statement that looks for returns; the ids of these tests are plain."""
+    of_jobs = re.findall(r"`jid` = '(\w+)' AND `id` IN \(([^)]+)\)", text)
+    assert of_jobs, text
+    return [(job, minion) for job, listed in of_jobs for minion in literals(listed)]
 
 
 class FakeDatabase:

@@ -647,8 +647,10 @@ def test_any_event_can_be_described_in_json(value: Any) -> None:
 
 
 @given(tags, payloads, chosen_selections)
-def test_what_is_refused_by_its_own_words_is_no_row_of_a_job(tag: str, payload: bytes, chosen: Selection) -> None:
+def test_what_is_refused_is_no_row_of_a_job_and_all_else_is(tag: str, payload: bytes, chosen: Selection) -> None:
     event = records.open_event(tag.encode() + b"\n\n" + payload)
-    if isinstance(event, records.Opened) and records.refusal(event.job, event.data, chosen) is not None:
-        outcome = records.interpret(event, CAPTURED_AT, chosen)
-        assert isinstance(outcome, Ignored) or outcome.load is outcome.ret is None
+    if not isinstance(event, records.Opened) or chosen.is_of_peer(event.data):
+        return
+    outcome = records.interpret(event, CAPTURED_AT, chosen)
+    is_row = isinstance(outcome, Record) and (outcome.load is not None or outcome.ret is not None)
+    assert is_row == (records.refusal(event.job, event.data, chosen) is None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -74,15 +76,46 @@ def test_look_ups_ask_for_just_the_keys_given(jids: list[str], ids: list[str]) -
     asked, statement = literals(sql.select_stored_loads(jids))
     assert asked == jids
     assert statement.endswith(f"IN ({', '.join('?' * len(jids))})")
-    pairs = list(zip(jids, ids, strict=False))
-    texts_of_pairs = [text for pair in pairs for text in pair]
-    for asked_for, before in (
+
+
+def asked_for(statements: Iterable[bytes], before: list[str]) -> list[list[tuple[str, str]]]:
+    """The (jid, minion) that each statement asks for."""
+    asked = []
+    for statement in statements:
+        texts_, rest = literals(statement)
+        assert texts_[: len(before)] == before
+        values_ = iter(texts_[len(before) :])
+        lists = re.findall(r"\(`jid` = \? AND `id` IN \(([?, ]+)\)\)", rest)
+        assert rest.endswith(" WHERE " + " OR ".join(f"(`jid` = ? AND `id` IN ({marks}))" for marks in lists))
+        pairs = []
+        for marks in lists:
+            jid = next(values_)
+            pairs += [(jid, next(values_)) for _ in range(marks.count("?"))]
+        assert len(lists) <= sql.MAX_BRANCHES
+        assert 0 < len(pairs) <= sql.MAX_KEYS
+        assert list(values_) == []
+        asked.append(pairs)
+    return asked
+
+
+@given(st.sets(st.tuples(texts, texts)))
+def test_returns_are_asked_for_by_job_each_once(pairs: set[tuple[str, str]]) -> None:
+    for statements, before in (
         (sql.select_return_digests(pairs), ['%, "trimmed": true}']),
         (sql.select_returned(pairs), []),
     ):
-        asked, statement = literals(asked_for)
-        assert asked == before + texts_of_pairs
-        assert statement.endswith(" OR ".join(["(`jid` = ? AND `id` = ?)"] * len(pairs)))
+        asked = [pair for some in asked_for(statements, before) for pair in some]
+        assert sorted(asked) == sorted(pairs)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "minions", "statements"), [(1, 1000, 1), (1, 1001, 2), (2, 999, 2), (100, 10, 1), (101, 1, 2), (350, 3, 4)]
+)
+def test_no_statement_asks_for_too_much(jobs: int, minions: int, statements: int) -> None:
+    pairs = [(f"2026{job:016}", f"web{minion}") for job in range(jobs) for minion in range(minions)]
+    asked = asked_for(sql.select_returned(pairs), [])
+    assert [pair for some in asked for pair in some] == pairs
+    assert len(asked) == statements
 
 
 @given(texts, texts, texts, texts)
