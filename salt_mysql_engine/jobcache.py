@@ -112,12 +112,11 @@ class JobCache:
         if tag.kind is not Kind.JOB_RETURN:
             value = cached["return"]
             return {**value, "_stamp": data.get("_stamp")} if isinstance(value, dict) else None
-        if "out" in data:
-            out = _read(f"{minion}/out.p", job.fd)
-            if out is not None:
-                cached["out"] = out
-            elif _is_being_written(f"{job.path}/{minion}", patience):
-                return None
+        out = _read(f"{minion}/out.p", job.fd)
+        if out is not None:
+            cached["out"] = out
+        elif "out" in data and _is_being_written(f"{job.path}/{minion}", patience):
+            return None
         return _as_cached(data, cached, load or {})
 
     def present(self, keys: Iterable[tuple[str, str]]) -> list[bool]:

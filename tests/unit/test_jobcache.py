@@ -198,6 +198,7 @@ def test_the_outputter_comes_from_its_own_file(cache: Cache) -> None:
     cache.returned(JID, "web1", 1, retcode=0, success=True, out="highstate")
     assert cache.confirm(RETURN, return_data(value=1, out="forged"))["out"] == "highstate"
     assert cache.confirm(RETURN, return_data(value=1, out="highstate")) == return_data(value=1, out="highstate")
+    assert cache.confirm(RETURN, return_data(value=1))["out"] == "highstate", "a stranger cannot leave it out"
 
 
 def test_a_trimmed_return_gets_its_whole_value_from_the_cache(cache: Cache) -> None:
