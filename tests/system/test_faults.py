@@ -47,7 +47,11 @@ def forged_return(number: int) -> dict[str, object]:
 
 
 def publish_returns(master: SaltMaster, first: int, last: int) -> subprocess.Popen[bytes]:
-    """A process that fires the returns numbered ``first`` to ``last - 1`` at the master's bus."""
+    """A process that fires the returns numbered ``first`` to ``last - 1`` at the master's bus, which the engine reads.
+
+    No job cache holds them: what came before would be nowhere.
+    """
+    wait_until(lambda: logged(master, "Reading the event bus at"), timeout=PATIENCE, what="the engine on the bus")
     return subprocess.Popen([sys.executable, "-c", PUBLISH, str(master.config_dir), str(first), str(last)])
 
 
