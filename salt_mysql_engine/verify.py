@@ -190,9 +190,10 @@ class Verifier:
         if not self.enabled and not event.trimmed:
             return False
         # What becomes no row anyway is counted for its own reason.
-        return (
-            not self.selection.is_of_peer(event.data) and records.refusal(event.job, event.data, self.selection) is None
-        )
+        if self.selection.is_of_peer(event.data):
+            return False
+        # But for what lacks a key: the cache may have it, and a stranger's is kept as a dead letter.
+        return records.refusal(event.job, event.data, self.selection) in (None, Ignored.MISSING_KEY)
 
     def _note_difference(self, event: Opened) -> None:
         assert event.job is not None
