@@ -71,12 +71,12 @@ def get_jid(jid):
 
 def get_jids():
     """
-    All jobs, by jid, in the form of ``jobs.list_jobs``.
+    All jobs, by jid, in the form of ``jobs.list_jobs``; with ``list_jobs_max`` the newest ones.
     """
     answers = _answers()
     jobs = {jid: _formatted(salt.utils.jid.format_jid_instance, jid, load) for jid, load in answers.jobs()}
-    if __opts__.get("job_cache_store_endtime"):
-        for jid, moment in answers.endtimes().items():
+    if jobs and __opts__.get("job_cache_store_endtime"):
+        for jid, moment in answers.endtimes(min(jobs)).items():
             if jobs.get(jid):
                 jobs[jid]["EndTime"] = _endtime(moment)
     return {jid: job for jid, job in jobs.items() if job}

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from . import records
+from . import records, settings
 from .errors import EngineError
 from .pending import Pending, warn
-from .reader import Reader, as_cached, load_as_cached, parsed
+from .reader import Reader, as_cached, as_listed, load_as_cached, parsed
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,16 @@ class Answers:
         return answers
 
     def jobs(self) -> Jobs:
-        """All jobs: those in MySQL, then those that the journal alone knows."""
+        """All jobs: those in MySQL, then those that the journal alone knows. With ``list_jobs_max`` the newest ones."""
+        options, _ = settings.parse(settings.of_master(self._opts))
+        if most := settings.combine(options, {}).list_jobs_max:
+            newest = self.newest_jobs(most + 1)
+            if len(newest) > most:
+                warn(f"There are more jobs than list_jobs_max: the newest {most:,} are listed")
+            return ((jid, load_as_cached(load)) for jid, load in newest[-most:])
+        return self._all_jobs()
+
+    def _all_jobs(self) -> Jobs:
         pending = self._pending.jobs()
         last = ""
         while page := self._page(last):
@@ -61,14 +70,14 @@ class Answers:
         return self._ask(lambda db: db.jobs(after)) or []
 
     def newest_jobs(self, count: int, *, skip: str = "") -> list[tuple[str, dict[str, Any]]]:
-        """The newest ``count`` jobs but those of the function ``skip``, oldest first; each with its load as written."""
+        """The newest ``count`` jobs but those of the function ``skip``, oldest first."""
         pending = self._pending.jobs()
         jobs = dict(self._ask(lambda db: db.newest_jobs(count, skip=skip)) or [])
         for jid, job in pending.items():
             load = job.load_over(jobs.get(jid, {}))
             if load and (not skip or load.get("fun") != skip):
                 jobs[jid] = load
-        return [(jid, jobs[jid]) for jid in sorted(jobs)[-count:]] if count > 0 else []
+        return [(jid, as_listed(jobs[jid])) for jid in sorted(jobs)[-count:]] if count > 0 else []
 
     def last_of_function(self, fun: str) -> dict[str, dict[str, Any]]:
         """The newest whole return of each minion for a function."""
@@ -93,9 +102,9 @@ class Answers:
         stored = self._ask(lambda db: db.endtime(jid))
         return max([*moments, *([stored] if stored else [])], default=None)
 
-    def endtimes(self) -> dict[str, datetime.datetime]:
-        """The same of all jobs in MySQL, by jid."""
-        return self._ask(lambda db: db.endtimes()) or {}
+    def endtimes(self, since: str) -> dict[str, datetime.datetime]:
+        """The same of all jobs in MySQL that began ``since`` this one, by jid."""
+        return self._ask(lambda db: db.endtimes(since)) or {}
 
     def _ask(self, question: Callable[[Reader], Answer]) -> Answer | None:
         try:

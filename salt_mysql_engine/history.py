@@ -168,11 +168,11 @@ def _job(jid: str, pending: PendingJob, stored: _Stored) -> dict[str, Any]:
             full_ret = parsed(ret.full_ret_json)
             failures[minion] = {"retcode": full_ret.get("retcode"), "reason": reason(full_ret.get("return"))}
             retcodes[str(full_ret.get("retcode"))] += 1
-    load = load_as_cached(pending.load_over(stored.load))
+    load = pending.load_over(stored.load)
     if not load and not answers:
         return {}
     fun, user, target = records.job_columns(load)
-    minions = _minions(load)
+    minions = _minions(load_as_cached(load))
     missing = sorted(set(minions) - answers.keys())
     bad = sorted(minion for minion, answer in answers.items() if answer.failed)
     return {
@@ -244,6 +244,9 @@ def reason(value: Any) -> str:
     """A line that says why a return failed: the states that did, the last line of a traceback, else the first line."""
     if isinstance(value, dict) and "return" in value and str(value.get("fun")).startswith(OF_MASTER):
         return reason(value["return"])  # a runner's or wheel's row holds its whole event
+    if isinstance(value, dict) and "outputter" in value and "data" in value:  # an orchestration: states by master
+        shown = value["data"]
+        return reason(next(iter(shown.values())) if isinstance(shown, dict) and len(shown) == 1 else shown)
     if isinstance(value, dict) and value:
         states = [(name, its) for name, its in value.items() if isinstance(its, dict) and "result" in its]
         bad = [(name, its) for name, its in states if its["result"] is False]

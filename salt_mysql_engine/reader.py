@@ -140,23 +140,35 @@ class Reader:
         ((moment,),) = self.query("SELECT MAX(`alter_time`) FROM `salt_returns` WHERE `jid` = %s", jid)
         return moment if isinstance(moment, datetime.datetime) else None
 
-    def endtimes(self) -> dict[str, datetime.datetime]:
-        """The same of all jobs, by jid; it reads the whole table."""
+    def endtimes(self, since: str) -> dict[str, datetime.datetime]:
+        """The same of all jobs that began ``since`` this one, by jid; it reads all that they returned."""
         if "alter_time" not in self.columns("salt_returns"):
             return {}
-        rows = self.query("SELECT `jid`, MAX(`alter_time`) FROM `salt_returns` GROUP BY `jid`")
+        rows = self.query("SELECT `jid`, MAX(`alter_time`) FROM `salt_returns` WHERE `jid` >= %s GROUP BY `jid`", since)
         return {jid: moment for jid, moment in rows if isinstance(moment, datetime.datetime)}
 
 
 def load_as_cached(load: dict[str, Any]) -> dict[str, Any]:
     """A stored load as ``get_load`` of the local cache gives it."""
-    load = {key: value for key, value in load.items() if key != "missing"}  # which that does not know
+    load = {key: value for key, value in as_listed(load).items() if key != "missing"}  # which that does not know
     minions = load.pop("Minions", None)
     if minions is None and _is_standalone(load):
         minions = [load["tgt"]]  # whom the master finds for a job that came with its return
     if isinstance(minions, list) and minions:
         load["Minions"] = sorted({minion for minion in minions if isinstance(minion, str)})
     return load
+
+
+def as_listed(load: dict[str, Any]) -> dict[str, Any]:
+    """A stored load with no more than what the local cache has of it to list.
+
+    Of a runner's or wheel's job that has neither arguments nor a target's type. Whoever reads lists of jobs relies on
+    it: SaltGUI takes a runner's keyword arguments from what it returned, where the list has none.
+    """
+    fun, id_ = load.get("fun"), load.get("id")
+    if id_ is None or id_ != load.get("tgt") or not isinstance(fun, str) or not fun.startswith(OF_MASTER):
+        return load
+    return {key: value for key, value in load.items() if key not in ("arg", "tgt_type")}
 
 
 def _is_standalone(load: Mapping[str, Any]) -> bool:

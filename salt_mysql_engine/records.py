@@ -42,6 +42,8 @@ PLAIN_RETURN = re.compile(rb"salt/job/(\d{20})/ret/([A-Za-z0-9._-]{1,255})\n\n")
 TRIMMED = "VALUE_TRIMMED"
 """What Salt puts in a value's place (salt/utils/dicttrim.py)."""
 _TRIMMED_BYTES = TRIMMED.encode()
+LEFT_OUT = "VALUE_LEFT_OUT by skip_values"
+"""What a row has in the place of a value that is not stored."""
 
 _JID = re.compile(r"\d{20}(_\d{1,10})?", re.ASCII)
 """salt/utils/jid.py 3008.3: 20 digits of UTC, and ``_`` + pid with ``unique_jid``."""
@@ -66,6 +68,7 @@ class Ignored(str, enum.Enum):
     PEER = "peer"
     SWITCHED_OFF = "switched_off"
     TOO_LONG = "too_long"
+    NEVER_RAN = "never_ran"
 
 
 class Kind(enum.Enum):
@@ -152,6 +155,10 @@ class Selection:
         skip = _any_glob(settings.skip_functions)
         # Remembered: a fleet runs few functions, and this is asked for every event.
         self._skips = functools.lru_cache(maxsize=256)(lambda fun: skip is not None and skip.match(fun) is not None)
+        valueless = _any_glob(settings.skip_values)
+        self._leaves_out = functools.lru_cache(maxsize=256)(
+            lambda fun: valueless is not None and valueless.match(fun) is not None
+        )
         self._events = _any_glob(settings.events)
 
     def is_of_peer(self, data: Mapping[str, Any]) -> bool:
@@ -180,6 +187,12 @@ class Selection:
         if isinstance(fun, str):
             return self._skips(fun)
         return bool(fun) and all(self._skips(name) for name in fun)
+
+    def leaves_out(self, fun: Any) -> bool:
+        """Whether what this function (one of these) returns is not stored."""
+        if isinstance(fun, str):
+            return self._leaves_out(fun)
+        return is_function(fun) and any(self._leaves_out(name) for name in fun)
 
 
 _SECRETS = ("token", "password", "key", "auth_list")
@@ -348,6 +361,8 @@ def interpret(event: Opened, captured_at: float, selection: Selection) -> Record
     tag, job_tag, data, trimmed, chosen = event
     if selection.is_of_peer(data):
         return Ignored.PEER
+    if "return" in data and selection.leaves_out(data.get("fun")):
+        data, trimmed = {**data, "return": LEFT_OUT}, False
     chosen = chosen or selection.wants_event(tag)
     if len(tag) > MAX_NAME_CHARACTERS and chosen:
         return Ignored.TOO_LONG
@@ -385,9 +400,20 @@ def refusal(tag: Tag | None, data: Mapping[str, Any], selection: Selection) -> I
         return Ignored.MISSING_KEY
     if tag.kind is Kind.JOB_NEW and published_load(data) is None:
         return Ignored.WRONG_TYPE
+    if tag.kind in _PREFIXES and not str(data.get("fun", "")).startswith(_PREFIXES[tag.kind]):
+        # `salt-run` says so of a function that is not there, or does not take the keywords (Runner.run, salt/runner.py
+        # 3006-3008), and nothing of it goes into the job cache.
+        return Ignored.NEVER_RAN
     return None
 
 
+_PREFIXES = {
+    Kind.RUNNER_NEW: "runner.",
+    Kind.RUNNER_RETURN: "runner.",
+    Kind.WHEEL_NEW: "wheel.",
+    Kind.WHEEL_RETURN: "wheel.",
+}
+"""So begins ``fun`` of what the master ran (``SyncClientMixin.low``, salt/client/mixins.py 3006-3008)."""
 _NEEDED = {
     Kind.JOB_NEW: {"tgt", "fun", "arg", "minions"},
     Kind.RUNNER_NEW: {"fun"},

@@ -118,6 +118,11 @@ OPTIONS: dict[str, Option] = {
         "Functions whose jobs and returns are not stored, as globs. The default is what the master asks by "
         "itself while a command waits; an empty list stores that too.",
     ),
+    "skip_values": Option(
+        ["runner.jobs.*", "runner.mysql_jobcache.*", "wheel.config.values", "wheel.key.*"],
+        "Functions whose values are not stored, as globs: the row says that the value was left out. The default is "
+        "what viewers of jobs ask the master for again and again, and what tells its secrets.",
+    ),
     "events": Option(
         [],
         "Tags of events to store in salt_events, as globs, beside the job tables: what event_return would store.",
@@ -191,6 +196,14 @@ OPTIONS: dict[str, Option] = {
         "brings to this shape, are made so. The engine makes the coming ones ahead, and retention drops whole ones.",
         choices=("none", "day", "week", "month"),
     ),
+    "list_jobs_max": Option(
+        0,
+        "How many jobs get_jids gives, which is what salt-run jobs.list_jobs begins with: the newest ones. 0: all, as "
+        "every job cache does. Whoever asks reads it in the master config: the pillar does not reach there.",
+        0,
+        10_000_000,
+        unit="jobs",
+    ),
     "pillar_refresh_seconds": Option(
         60.0,
         "How often the master's own pillar is compiled for these options.",
@@ -214,6 +227,7 @@ class Settings:
     runner_jobs: bool
     wheel_jobs: bool
     skip_functions: list[str]
+    skip_values: list[str]
     events: list[str]
     verify_returns: str | bool
     verify_wait_seconds: float
@@ -225,6 +239,7 @@ class Settings:
     retention_days: float
     archive: bool
     partitions: str
+    list_jobs_max: int
     pillar_refresh_seconds: float
     sources: Mapping[str, Source]
 

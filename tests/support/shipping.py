@@ -52,6 +52,7 @@ class Shipping:
 
     With a `cachedir` the job cache there confirms events, as `verify_returns` says; `reconcile` runs passes over it.
     With `handed_off` jobs come from other processes (`handoff.py`) and not from the bus.
+    Every value is stored, unless `skip_values` says otherwise.
     With `paused=True` events stay in the journal, as they would if the engine were killed before it shipped them.
     """
 
@@ -68,7 +69,7 @@ class Shipping:
         handed_off: bool = False,
         **options: Any,
     ) -> None:
-        values, problems = settings.parse(options)
+        values, problems = settings.parse({"skip_values": [], **options})
         assert not problems, problems
         chosen = settings.combine(values, {})
         selection = Selection(chosen, master_id=master)

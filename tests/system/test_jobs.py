@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from salt_mysql_engine.records import LEFT_OUT
 from tests.support.mariadb import wait_until
 from tests.support.salt import fire
 from tests.system.conftest import PATIENCE, Site
@@ -84,17 +85,33 @@ def test_an_orchestration_is_stored_with_its_inner_jobs(site: Site) -> None:
 WHEEL = """
 import sys, salt.config, salt.wheel
 opts = salt.config.master_config(sys.argv[1])
-print(salt.wheel.WheelClient(opts).cmd("key.list_all"))
+for fun in sys.argv[2:] or ["key.list_all"]:
+    print(salt.wheel.WheelClient(opts).cmd(fun))
 """
 
 
-def test_a_wheel_job_is_stored_under_the_masters_id(site: Site) -> None:
-    subprocess.run([sys.executable, "-c", WHEEL, str(site.master.config_dir / "master")], check=True)
-    jid, returned = site.wait_for(
-        "SELECT jid, `return` FROM salt_returns WHERE fun = 'wheel.key.list_all' AND id = 'lab_master'"
-    )
-    assert sorted(json.loads(returned)["return"]["minions"]) == ["alpha", "beta"]
-    assert json.loads(site.load(jid) or "")["fun"] == "wheel.key.list_all"
+def test_a_wheel_job_is_stored_under_the_masters_id_without_the_secrets_that_it_tells(site: Site) -> None:
+    funs = ("minions.connected", "config.values", "key.list_all")
+    subprocess.run([sys.executable, "-c", WHEEL, str(site.master.config_dir / "master"), *funs], check=True)
+    for fun in funs:
+        jid, returned = site.wait_for(
+            "SELECT jid, `return` FROM salt_returns WHERE fun = %s AND id = 'lab_master'", f"wheel.{fun}"
+        )
+        value = json.loads(returned)["return"]
+        assert isinstance(value, list) if fun == "minions.connected" else value == LEFT_OUT
+        assert json.loads(site.load(jid) or "")["fun"] == f"wheel.{fun}"
+    assert site.database.sql("SELECT COUNT(*) FROM salt_returns WHERE full_ret LIKE '%mysql.port%'") == [(0,)]
+
+
+@pytest.mark.parametrize("typed", [["mysql_jobcache.nosuch"], ["mysql_jobcache.status", "nosuch=1"]], ids=" ".join)
+def test_a_runner_that_never_ran_is_ignored_and_counted(site: Site, typed: list[str]) -> None:
+    def never_ran() -> int:
+        return int(site.status()["books"]["ignored"].get("never_ran", 0))
+
+    before, letters = never_ran(), site.status()["books"]["dead_letters"]
+    site.master.cli("salt-run", *typed)
+    wait_until(lambda: never_ran() == before + 1, timeout=PATIENCE, what="the failed runner's event")
+    assert site.status()["books"]["dead_letters"] == letters
 
 
 @pytest.mark.smoke

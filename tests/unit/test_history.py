@@ -10,7 +10,7 @@ import pytest
 from salt_mysql_engine import history, moments, pool, reader, records
 from salt_mysql_engine.errors import EngineError, SettingsError
 from salt_mysql_engine.history import reason
-from salt_mysql_engine.reader import all_as_cached, as_cached, load_as_cached
+from salt_mysql_engine.reader import all_as_cached, as_cached, as_listed, load_as_cached
 from salt_mysql_engine.records import Opened, Record, Selection, interpret, open_event
 from salt_mysql_engine.search import _matches
 from salt_mysql_engine.settings import combine
@@ -116,6 +116,15 @@ def test_returns_of_other_length_stand_beside_those_that_are_alike() -> None:
 PUBLISHED = {"jid": jid(1), "tgt": "*", "fun": "test.ping", "arg": [], "Minions": ["b", "a", "b"], "missing": ["c"]}
 
 
+@pytest.mark.parametrize("fun", ["runner.test.arg", "wheel.key.list_all"])
+def test_a_job_of_the_masters_own_is_listed_without_arguments_as_by_the_local_cache(fun: str) -> None:
+    load = {"jid": jid(1), "id": MASTER, "tgt": MASTER, "tgt_type": "glob", "fun": fun, "arg": [1, {"a": 2}]}
+    for listed in (as_listed(load), load_as_cached(load)):
+        assert listed == {"jid": jid(1), "id": MASTER, "tgt": MASTER, "fun": fun}
+    for others in ({**PUBLISHED, "fun": fun}, {**load, "fun": "test.arg"}, {**load, "id": "web1"}):
+        assert as_listed(others) == others
+
+
 @pytest.mark.parametrize(
     ("load", "minions"),
     [
@@ -137,6 +146,12 @@ def test_a_load_names_whom_it_was_for_as_the_local_cache_does(load: dict[str, An
     assert json.dumps(load) == before
 
 
+def orchestrated(states: Any) -> dict[str, Any]:
+    """What a runner's row holds of an orchestration."""
+    shown = {"data": {MASTER: states}, "outputter": "highstate", "retcode": 1}
+    return master_data(jid(1), "runner.state.orchestrate", shown)
+
+
 FAILED = {"result": False, "comment": "No such file\nat all", "__id__": "/etc/app"}
 
 
@@ -148,6 +163,9 @@ FAILED = {"result": False, "comment": "No such file\nat all", "__id__": "/etc/ap
         ("It went wrong: Traceback (most recent call last):\n  File x\nKeyError: 'a'\n", "KeyError: 'a'"),
         ({"s1": {"result": True}, "s2": FAILED, "s3": FAILED}, "2 of 3 states failed: /etc/app: No such file"),
         (["Rendering SLS failed", "and more"], "Rendering SLS failed; and more"),
+        (orchestrated({"s1": {"result": True}, "s2": FAILED}), "1 of 2 states failed: /etc/app: No such file"),
+        (orchestrated(["No matching sls found for 'x'"]), "No matching sls found for 'x'"),
+        ({"outputter": "nested", "data": {"a": 1, "b": 2}}, '{"a": 1, "b": 2}'),
         ({"test.ping": "'x' is not available.", "test.arg": "ok"}, "test.ping: 'x' is not available.; test.arg: ok"),
         ({"pid": 1, "retcode": 3}, '{"pid": 1, "retcode": 3}'),
         (False, "false"), (None, "null"), ("", ""), ({}, "{}"), ([], "[]"), ([1, "a"], '[1, "a"]'),

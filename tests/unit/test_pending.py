@@ -92,7 +92,7 @@ def test_a_load_is_laid_over_what_is_stored_as_the_writer_does_it(tmp_path: Path
 
 
 def test_a_runners_return_is_the_masters(tmp_path: Path, put: Put) -> None:
-    put(body(f"salt/run/{jid(1)}/ret", master_data(jid(1), "runner.jobs.active", {"a": 1})))
+    put(body(f"salt/run/{jid(1)}/ret", master_data(jid(1), "runner.manage.up", {"a": 1})))
     (ret,) = Pending(master(tmp_path)).job(jid(1)).returns.values()
     assert (ret.id, json.loads(ret.return_json)["return"]) == (MASTER, {"a": 1})
 

@@ -21,6 +21,8 @@ CAPTURED_AT = 1767323046.5  # 2026-01-02 03:04:06.5 UTC
 MASTER = "master1"
 JOB_RETURN, JOB_NEW = f"salt/job/{JID}/ret/web1", f"salt/job/{JID}/new"
 RUN_NEW, RUN_RETURN = f"salt/run/{JID}/new", f"salt/run/{JID}/ret"
+WHEEL_RETURN = f"salt/wheel/{JID}/ret"
+FUN_OF = {"run": "runner.test.arg", "wheel": "wheel.minions.connected"}
 
 
 def selection(*, peers: list[str] | None = None, **options: Any) -> Selection:
@@ -47,7 +49,7 @@ def a_publish(**changes: Any) -> dict[str, Any]:
 
 
 def a_runner_return(**changes: Any) -> dict[str, Any]:
-    data = {"fun": "runner.jobs.list_jobs", "jid": JID, "user": "root", "fun_args": [{"x": 1}], "return": {"a": 1}}
+    data = {"fun": "runner.test.arg", "jid": JID, "user": "root", "fun_args": [{"x": 1}], "return": {"a": 1}}
     return changed({**data, "success": True, "_stamp": STAMP}, changes)
 
 
@@ -265,6 +267,10 @@ def test_what_is_wrong_in_any_kind_of_event_makes_it_no_row(
         (RUN_RETURN, a_runner_return(**{"return": ...}), Ignored.MISSING_KEY),
         (RUN_RETURN, a_runner_return(fun=...), Ignored.MISSING_KEY),
         (RUN_NEW, a_runner_return(fun=...), Ignored.MISSING_KEY),
+        # What salt-run says of a function that it does not know, or that does not take the keywords.
+        (RUN_RETURN, a_runner_return(fun="mysql_jobcache.nosuch", success=False, retcode=254), Ignored.NEVER_RAN),
+        (RUN_NEW, a_runner_return(fun=["runner.jobs.active"]), Ignored.NEVER_RAN),
+        (WHEEL_RETURN, a_runner_return(), Ignored.NEVER_RAN),
         *[(JOB_NEW, a_publish(**{key: ...}), Ignored.MISSING_KEY) for key in ("tgt", "fun", "arg", "minions")],
         (JOB_NEW, a_publish(minions="web1"), Ignored.WRONG_TYPE),
         (JOB_NEW, a_publish(minions=["web1", 2]), Ignored.WRONG_TYPE),
@@ -374,8 +380,53 @@ def test_an_empty_list_of_skipped_functions_skips_nothing() -> None:
 @pytest.mark.parametrize("end", ["new", "ret"])
 def test_runner_and_wheel_jobs_are_stored_unless_switched_off(kind: str, option: str, end: str) -> None:
     tag = f"salt/{kind}/{JID}/{end}"
-    assert isinstance(interpret(tag, a_runner_return()), Record)
+    assert isinstance(interpret(tag, a_runner_return(fun=FUN_OF[kind])), Record)
     assert interpret(tag, a_runner_return(), selection(**{option: False})) is Ignored.SWITCHED_OFF
+
+
+SECRET = "mysql.pass: SECRET-1"
+
+
+@pytest.mark.parametrize(
+    ("tag", "data"),
+    [
+        (RUN_RETURN, a_runner_return(fun="runner.jobs.list_jobs", **{"return": {"a": [SECRET]}})),
+        (RUN_RETURN, a_runner_return(fun="runner.mysql_jobcache.dead_letters", **{"return": SECRET})),
+        (WHEEL_RETURN, a_runner_return(fun="wheel.config.values", **{"return": {"mysql.pass": SECRET}})),
+        (WHEEL_RETURN, a_runner_return(fun="wheel.key.gen_accept", **{"return": {"data": {"return": SECRET}}})),
+        (JOB_RETURN, a_return(fun="my.secret", **{"return": SECRET, "tgt": "web1", "arg": []})),
+        (JOB_RETURN, a_return(fun=["test.ping", "my.secret"], **{"return": {"my.secret": SECRET}})),
+    ],
+)  # fmt: skip
+def test_a_value_that_skip_values_names_is_in_no_row_and_the_row_says_so(tag: str, data: dict[str, Any]) -> None:
+    skip = [*settings.OPTIONS["skip_values"].default, "my.*"]
+    record = interpret(tag, data, selection(skip_values=skip, events=["salt/*"]))
+    assert isinstance(record, Record)
+    assert record.ret is not None and record.event is not None
+    said = {**data, "return": records.LEFT_OUT}
+    full_ret = json.loads(record.ret.full_ret_json)
+    if tag == JOB_RETURN:
+        assert json.loads(record.ret.return_json) == full_ret["return"] == records.LEFT_OUT
+    else:
+        assert json.loads(record.ret.return_json) == full_ret["return"] == said
+    assert {key: full_ret[key] for key in ("fun", "fun_args", "success")} == {
+        key: data[key] for key in ("fun", "fun_args", "success")
+    }
+    assert json.loads(record.event.data_json) == said
+    assert "SECRET" not in repr(record) + repr(records.synthesised_load(record.ret))
+
+
+@pytest.mark.parametrize("cut", [records.TRIMMED, {"a": records.TRIMMED}])
+def test_a_value_that_is_left_out_is_not_a_trimmed_one(cut: Any) -> None:
+    ret = returned(selection(skip_values=["test.*"]), fun="test.echo", **{"return": cut})
+    assert not ret.trimmed and "trimmed" not in json.loads(ret.full_ret_json)
+
+
+@pytest.mark.parametrize("fun", [None, 5, [1], {"wheel.key.x": 1}, b"wheel.key.x"], ids=repr)
+def test_an_event_that_is_stored_may_hold_anything_as_its_function(fun: Any) -> None:
+    record = interpret("my/app", {"fun": fun, "return": 1}, selection(events=["my/*"]))
+    assert isinstance(record, Record) and record.event is not None
+    assert json.loads(record.event.data_json)["return"] == 1
 
 
 def test_an_event_that_is_asked_for_is_stored_whatever_its_job_part_is_worth() -> None:
@@ -406,14 +457,14 @@ def test_a_return_whose_tag_is_asked_for_is_both_a_return_and_an_event() -> None
 
 @pytest.mark.parametrize("kind", ["run", "wheel"])
 def test_a_masters_job_is_stored_under_the_masters_id_with_the_whole_event_as_its_return(kind: str) -> None:
-    record = interpret(f"salt/{kind}/{JID}/ret", a_runner_return(success=False))
+    record = interpret(f"salt/{kind}/{JID}/ret", a_runner_return(fun=FUN_OF[kind], success=False))
     assert isinstance(record, Record)
     ret = record.ret
     assert ret is not None
-    assert (ret.id, ret.fun, ret.success) == (MASTER, "runner.jobs.list_jobs", False)
-    assert json.loads(ret.return_json) == a_runner_return(success=False)
+    assert (ret.id, ret.fun, ret.success) == (MASTER, FUN_OF[kind], False)
+    assert json.loads(ret.return_json) == a_runner_return(fun=FUN_OF[kind], success=False)
     full_ret = json.loads(ret.full_ret_json)
-    assert full_ret["return"] == a_runner_return(success=False)
+    assert full_ret["return"] == a_runner_return(fun=FUN_OF[kind], success=False)
     assert (full_ret["id"], full_ret["success"], full_ret["retcode"]) == (MASTER, False, 1)
     assert full_ret["fun_args"] == [{"x": 1}]
 

@@ -96,6 +96,7 @@ def test_a_number_that_may_be_zero_switches_something_off() -> None:
     assert {name for name, option in NUMBERS.items() if option.minimum == 0} == {
         "dead_letters_max",
         "journal_max_age_hours",
+        "list_jobs_max",
         "reconcile_interval_seconds",
         "retention_days",
     }
