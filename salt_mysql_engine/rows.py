@@ -132,6 +132,11 @@ class Rows:
         inserted += await self._write_events(events)
         return Written(written + inserted, conflicts, new_trimmed)
 
+    async def write_job_of(self, item: Item) -> None:
+        """The row of ``jids`` that a return makes where none stands, and not the return."""
+        if isinstance(item.outcome, Plain) or (isinstance(item.outcome, Record) and item.outcome.ret is not None):
+            await self._write_loads([], {self._return(item).jid: item})
+
     def _return(self, item: Item) -> Return:
         """An item's return, whole."""
         record = item.outcome

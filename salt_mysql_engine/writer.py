@@ -326,15 +326,7 @@ class Writer:
         if not self.store_events and any(item.event_row for item in rows):  # from before the settings changed
             self.store_events, self.tables_known = True, False
         session = await self._ready()
-        assert self._shape is not None
-        into = Rows(
-            session,
-            self._shape,
-            selection=self.selection,
-            known_jobs=self._known_jobs,
-            uncertain_through=self._uncertain_through,
-            on_sending=self._server_works.set,
-        )
+        into = self._rows(session)
         await into.begin()
         try:
             done = await into.write(rows)
@@ -345,6 +337,8 @@ class Writer:
             if session.usable:
                 await session.rollback()
                 await into.end()
+            if len(rows) == 1:
+                await self._write_job_of(rows[0])
             raise
         await into.end()
         self.conflicts += done.conflicts
@@ -358,6 +352,32 @@ class Writer:
             "duplicates": len(rows) - done.written,
             "trimmed": done.trimmed,
         }
+
+    def _rows(self, session: Session) -> Rows:
+        assert self._shape is not None
+        return Rows(
+            session,
+            self._shape,
+            selection=self.selection,
+            known_jobs=self._known_jobs,
+            uncertain_through=self._uncertain_through,
+            on_sending=self._server_works.set,
+        )
+
+    async def _write_job_of(self, item: Item) -> None:
+        """A return that the database refuses takes its job not along: that has its row of ``jids`` all the same."""
+        session = await self._ready()
+        into = self._rows(session)
+        await into.begin()
+        try:
+            await into.write_job_of(item)
+            await session.commit()
+        except RowsRejected as exc:
+            log.debug("Its job is refused, too: %s", exc)
+            if not session.usable:
+                return
+            await session.rollback()
+        await into.end()
 
     async def _ready(self) -> Session:
         """The session, opened if need be, its tables looked at."""
