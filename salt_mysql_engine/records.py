@@ -603,6 +603,9 @@ def merged_load(stored: Any, new: dict[str, Any]) -> dict[str, Any]:
 
 def _union(first: Any, second: list[Any]) -> list[Any]:
     known: list[Any] = first if isinstance(first, list) else []
+    if all(isinstance(item, str) and item.isascii() for item in (*known, *second)):  # a hundred thousand minions
+        there = set(known)
+        return known + [item for item in second if item not in there]
     have = {jsontext.dumps(item) for item in known}
     return known + [item for item in second if jsontext.dumps(item) not in have]
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import datetime
 import json
+import random
+import time
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from salt_mysql_engine import jsontext
+from salt_mysql_engine import jsontext, records, settings, sql
+from salt_mysql_engine.records import Selection
+from tests.support.shipping import returned
 from tests.unit import values
 
 ordinary = st.recursive(
@@ -99,3 +103,19 @@ def test_a_value_of_the_deepest_allowed_nesting_stays_as_it_is(levels: int) -> N
 def test_a_wide_value_is_not_taken_for_a_deep_one() -> None:
     value = {str(n): [n, {"n": [n]}] for n in range(1000)}
     assert jsontext.dumps(value) == json.dumps(value)
+
+
+def test_megabytes_that_are_no_text_are_a_row_in_a_moment() -> None:
+    noise = random.Random(6).randbytes(3_000_000)
+    job = "20260329000000000001"
+    event = returned(job, "web1", "X" * len(noise)).replace(b"X" * len(noise), noise)
+    selection = Selection(settings.combine({}, {}), master_id="master")
+    began = time.process_time()
+    opened = records.open_event(event)
+    assert isinstance(opened, records.Opened)
+    record = records.interpret(opened, 0.0, selection)
+    assert isinstance(record, records.Record)
+    assert record.ret is not None
+    row = sql.return_row(record.ret)
+    assert time.process_time() - began < 1.5
+    assert len(row) > 20_000_000
