@@ -24,7 +24,7 @@ from . import __version__, handoff, journalfile, records, settings
 from .batcher import Limits
 from .bus import BusReader
 from .capture import Capture
-from .control import Control, Verb, socket_path
+from .control import Argument, Control, Verb, socket_path
 from .database import Database
 from .errors import EngineError, SettingsError
 from .jobcache import JobCache
@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 
 _TEND_SECONDS, _TEND_STEP_SECONDS = 10.0, 0.2
 _LOOK_SECONDS = 0.1
+_DAY, _END_OF_TIME = 86_400.0, 253_402_300_799.0  # seconds; the end of the year 9999
+_MOST_LETTERS = 1_000_000
+"""As many as dead_letters_max allows."""
 _STOP_SECONDS = 3.0
 """Salt kills an engine 5 s after SIGTERM (``wait_for_kill``, salt/master.py 3006-3008)."""
 _CANCEL_AGAIN_SECONDS = 1.2  # the writer settles its last batch within 1
@@ -144,16 +147,26 @@ class Engine:
         log.info(
             "mysql_jobcache %s: journal %s, %d events pending", __version__, self._journal.path, self._journal.pending
         )
-        verbs: dict[str, Verb] = {
-            "status": self.status,
-            "flush": self.flush,
-            "reload": self.reload,
-            "reconcile": self.reconcile,
-            "reconcile_progress": self.reconcile_progress,
-            "dead_letters": self.dead_letters,
-            "delete_dead_letters": self.delete_dead_letters,
-            "retry": self.retry,
-            "tables_changed": self.tables_changed,
+        seq = Argument(int, optional=True)
+        verbs = {
+            "status": Verb(self.status),
+            "flush": Verb(self.flush, {"seconds": Argument(float, most=_DAY)}),
+            "reload": Verb(self.reload),
+            "reconcile": Verb(self.reconcile, {"since": Argument(float, most=_END_OF_TIME, optional=True)}),
+            "reconcile_progress": Verb(self.reconcile_progress),
+            "dead_letters": Verb(
+                self.dead_letters,
+                {
+                    "after": Argument(int),
+                    "seq": seq,
+                    "limit": Argument(int, most=_MOST_LETTERS),
+                    "newest": Argument(bool),
+                    "brief": Argument(bool),
+                },
+            ),
+            "delete_dead_letters": Verb(self.delete_dead_letters, {"seq": seq}),
+            "retry": Verb(self.retry, {"seq": seq, "trust": Argument(bool)}),
+            "tables_changed": Verb(self.tables_changed),
         }
         tasks = {
             name: asyncio.create_task(work, name=f"mysql_jobcache {name}")

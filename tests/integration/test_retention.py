@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from salt_mysql_engine import partitions, purge, retention, schema, upkeep
-from salt_mysql_engine.control import Control, socket_path
+from salt_mysql_engine.control import Control, Verb, socket_path
 from salt_mysql_engine.database import Database
 from salt_mysql_engine.retention import Retention
 from salt_mysql_engine.settings import Connection
@@ -248,7 +248,7 @@ def test_the_days_are_those_of_the_master_config_or_of_the_running_engine(databa
         return {"settings": {name: {"value": value} for name, value in settings.items()}}
 
     async def asked() -> dict[str, Any]:
-        serving = asyncio.create_task(Control(socket_path(opts), {"status": status}).run())
+        serving = asyncio.create_task(Control(socket_path(opts), {"status": Verb(status)}).run())
         await asyncio.to_thread(wait_until, socket_path(opts).exists, timeout=10, what="the socket")
         try:
             return await asyncio.to_thread(upkeep.purge, opts, None, True, QUIET)

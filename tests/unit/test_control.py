@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from salt_mysql_engine import control
-from salt_mysql_engine.control import Control
+from salt_mysql_engine.control import Argument, Control, Verb
 from salt_mysql_engine.errors import ControlError, EngineError
 
 
@@ -31,6 +31,21 @@ async def fail() -> None:
     raise ZeroDivisionError("a fault of ours")
 
 
+VERBS = {
+    "echo": Verb(
+        echo,
+        {
+            "seconds": Argument(float, most=60),
+            "number": Argument(int, least=1, optional=True),
+            "what": Argument(str, most=10),
+            "sure": Argument(bool),
+        },
+    ),
+    "refuse": Verb(refuse),
+    "fail": Verb(fail),
+}
+
+
 @pytest.fixture
 def opts(tmp_path: Path) -> dict[str, Any]:
     return {"sock_dir": str(tmp_path)}
@@ -40,7 +55,7 @@ def opts(tmp_path: Path) -> dict[str, Any]:
 async def engine(opts: dict[str, Any]) -> AsyncIterator[asyncio.Task[None]]:
     """The engine's end, listening."""
     path = control.socket_path(opts)
-    task = asyncio.create_task(Control(path, {"echo": echo, "refuse": refuse, "fail": fail}).run())
+    task = asyncio.create_task(Control(path, VERBS).run())
     await asyncio.wait_for(listening(path), 10)
     yield task
     task.cancel()
@@ -95,14 +110,14 @@ async def test_the_socket_is_for_its_owner_only_whatever_the_umask(opts: dict[st
 
 @pytest.mark.usefixtures("engine")
 async def test_a_verb_gets_its_arguments_and_its_result_comes_back(opts: dict[str, Any]) -> None:
-    arguments = {"seconds": 1.5, "what": ["é", None, {"deep": [True]}]}
+    arguments = {"seconds": 1.5, "what": "é", "number": None, "sure": True}
     assert await ask(opts, "echo", **arguments) == arguments
 
 
 @pytest.mark.usefixtures("engine")
 async def test_many_can_ask_at_once(opts: dict[str, Any]) -> None:
-    answers = await asyncio.gather(*(ask(opts, "echo", number=number) for number in range(30)))
-    assert answers == [{"number": number} for number in range(30)]
+    answers = await asyncio.gather(*(ask(opts, "echo", number=number) for number in range(1, 31)))
+    assert answers == [{"number": number} for number in range(1, 31)]
 
 
 @pytest.mark.usefixtures("engine")
@@ -122,13 +137,42 @@ async def test_an_unknown_verb_is_answered_with_those_that_are_known(opts: dict[
 )
 async def test_a_line_that_is_no_request_is_answered_and_the_next_one_served(opts: dict[str, Any], line: bytes) -> None:
     assert (await send(opts, line))["error"].startswith("no such request")
-    assert await ask(opts, "echo", still="there") == {"still": "there"}
+    assert await ask(opts, "echo", what="there") == {"what": "there"}
 
 
 @pytest.mark.usefixtures("engine")
 async def test_an_argument_that_a_verb_does_not_take_is_an_answer(opts: dict[str, Any]) -> None:
-    with pytest.raises(ControlError, match="unexpected keyword argument 'force'"):
+    with pytest.raises(ControlError, match="no such argument: 'force'; known are: none"):
         await ask(opts, "refuse", force=True)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ('"seconds": "x"', "seconds: 'x' must be a number from 0 to 60"),
+        ('"seconds": 1e20', "seconds: '1e+20' must be a number from 0 to 60"),
+        ('"seconds": 1e999', "seconds: 'inf' must be a number from 0 to 60"),
+        ('"seconds": NaN', "no such request"),
+        ('"seconds": -Infinity', "no such request"),
+        ('"seconds": true', "seconds: 'True' must be a number from 0 to 60"),
+        ('"seconds": null', "seconds: 'None' must be a number from 0 to 60"),
+        ('"seconds": 1' + "0" * 4000, "seconds: '1000000"),
+        ('"number": 1.5', "number: '1.5' must be a whole number from 1 to 9,223,372,036,854,775,807, or null"),
+        ('"number": 9223372036854775808', "number: '9223372036854775808' must be"),
+        ('"what": "eleven char"', "what: 'eleven char' must be a text of 0 to 10 characters"),
+        ('"what": ["x"]', "what: \"['x']\" must be a text"),
+        ('"sure": 1', "sure: '1' must be true or false"),
+        ('"self": 1', "no such argument: 'self'; known are: seconds, number, what, sure"),
+    ],
+)
+async def test_an_argument_of_the_wrong_type_or_size_is_answered_with_what_it_must_be(
+    opts: dict[str, Any], arguments: str, answer: str
+) -> None:
+    said = await send(opts, f'{{"verb": "echo", {arguments}}}\n'.encode())
+    assert said["error"].startswith(answer)
+    assert len(said["error"]) < 250
+    assert await ask(opts, "echo", number=1) == {"number": 1}
 
 
 @pytest.mark.usefixtures("engine")
@@ -170,9 +214,37 @@ async def test_an_engine_that_ends_without_an_answer_is_said_not_to_have_answere
 
 async def test_the_socket_of_a_killed_engine_is_taken_over(opts: dict[str, Any]) -> None:
     path = leave_a_socket(opts)
-    task = asyncio.create_task(Control(path, {"echo": echo}).run())
+    task = asyncio.create_task(Control(path, VERBS).run())
     await asyncio.wait_for(listening(path), 10)
-    assert await ask(opts, "echo", x=1) == {"x": 1}
+    assert await ask(opts, "echo", number=1) == {"number": 1}
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.usefixtures("engine")
+async def test_a_second_master_with_the_same_sock_dir_takes_nobodys_socket_away(
+    opts: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_BIND_AGAIN_SECONDS", 0.01)
+    second = asyncio.create_task(Control(control.socket_path(opts), {"second": Verb(echo)}).run())
+    await asyncio.sleep(0.1)
+    assert not second.done()
+    assert caplog.text.count("the engine of another master answers there; give each master a sock_dir of its own") == 1
+    second.cancel()
+    await asyncio.gather(second, return_exceptions=True)
+    assert await ask(opts, "echo", number=1) == {"number": 1}
+
+
+async def test_a_place_that_cannot_be_listened_on_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_BIND_AGAIN_SECONDS", 0.01)
+    opts = {"sock_dir": str(tmp_path / "later")}
+    task = asyncio.create_task(Control(control.socket_path(opts), VERBS).run())
+    await asyncio.sleep(0.05)
+    assert not task.done()
+    (tmp_path / "later").mkdir()
+    await asyncio.wait_for(listening(control.socket_path(opts)), 10)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
@@ -192,7 +264,7 @@ async def test_an_engine_that_stops_does_not_wait_for_those_who_wait_for_it(opts
         await asyncio.Event().wait()
 
     path = control.socket_path(opts)
-    task = asyncio.create_task(Control(path, {"never": never}).run())
+    task = asyncio.create_task(Control(path, {"never": Verb(never)}).run())
     await asyncio.wait_for(listening(path), 10)
     waiting = asyncio.create_task(ask(opts, "never"))
     await asyncio.wait_for(asked.wait(), 10)
