@@ -27,7 +27,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 APT_INSTALL := $(APT) install -q -y --no-install-recommends
 
 .DEFAULT_GOAL := help
-.PHONY: help env mariadb drivers lint test test-salt test-faults demo demo-up demo-down bench bench-quick clean
+.PHONY: help env mariadb mysql drivers lint test test-salt test-mysql test-faults demo demo-up demo-down bench bench-quick clean
 
 help: ## List the targets
 	@echo "Two to begin with: make demo, make test."
@@ -76,6 +76,12 @@ test: env mariadb lint ## Run everything: lint, unit, integration and system tes
 
 test-salt: env mariadb ## Run the system tests alone, as in: make test-salt SALT=3006
 	$(PY) -m pytest tests/system $(ARGS)
+
+mysql: ## Make sure that there is a MySQL server: MYSQLD=..., an installed one, or Debian unstable's under .local/mysql
+	@tools/find-mysqld
+
+test-mysql: env mysql ## Run the integration tests against MySQL in MariaDB's place
+	SERVER=mysql $(PY) -m pytest tests/integration $(ARGS)
 
 test-faults: env mariadb ## Run the whole fault suite: outages, crashes, bad rows, gaps, full disks (15 minutes)
 	HYPOTHESIS_PROFILE=faults $(PY) -m pytest --long -m faults -n 2 --dist loadfile

@@ -20,6 +20,8 @@ _WIDEST_IN_A_KEY = 384
 _COLUMN = re.compile(r"^    `(\w+)` (.+?),?$", re.MULTILINE)
 _KEY = re.compile(r"^    (PRIMARY|UNIQUE|) ?KEY (?:`(\w+)` )?\(([^)]*)\)", re.MULTILINE)
 
+_COLLATION = re.compile(r"COLLATE (\w+)")
+
 
 class Wanted(NamedTuple):
     """A table as it should be: columns with their definitions, keys by name."""
@@ -173,7 +175,8 @@ def _satisfies(present: Column, definition: str) -> bool:
         fits = re.sub(r"^(bigint|int)\(\d+\)", r"\1", present.type) == kind
     if present.charset is not None and present.charset != "utf8mb4":
         return False
-    if "utf8mb4_bin" in definition and present.collation != "utf8mb4_bin":
+    wanted_collations = _COLLATION.findall(definition)  # of which each server reads its own
+    if wanted_collations and present.collation not in wanted_collations:
         return False
     return fits and ("NOT NULL" not in definition or not present.nullable)
 

@@ -110,6 +110,13 @@ _SESSION_SETTINGS = (
 )
 
 
+class _Cursor(aiomysql.Cursor):  # type: ignore[misc] # aiomysql is untyped
+    """aiomysql's cursor, that does not ask for warnings: nobody reads them, and each asking is a round trip."""
+
+    async def _show_warnings(self, conn: Any) -> None:
+        pass
+
+
 class _DriverConnection(aiomysql.Connection):  # type: ignore[misc] # aiomysql is untyped
     """aiomysql's connection, that never goes on in the clear where TLS was asked for."""
 
@@ -310,6 +317,7 @@ class Database:
             password=to.password.encode().decode("latin-1"),
             db=to.db,
             charset="utf8mb4",
+            cursorclass=_Cursor,
             ssl=context,
             connect_timeout=self.connect_timeout,
             program_name="salt_mysql_engine",

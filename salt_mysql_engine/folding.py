@@ -62,6 +62,12 @@ def insert(of: str, source: str, target: str, have: Table, want: Table, where: s
     )
 
 
+def count_folded(of: str, have: Table, source: str, where: str) -> str:
+    """A query for how many rows of ``source`` (called ``src`` in ``where``) have a key that another one has, too."""
+    keys = ", ".join(binary(f"COALESCE(`src`.`{key}`, '')") for key in keys_of(of))
+    return f"SELECT COUNT(*) - COUNT(DISTINCT {keys}) FROM `{source}` AS `src` {index_of(of, have)}WHERE {where}"
+
+
 def index_of(of: str, table: Table) -> str:
     """The index to walk along: in its order rows of one jid come as they were inserted."""
     name = min(

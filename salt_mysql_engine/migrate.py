@@ -73,6 +73,7 @@ async def migrate(steady: Steady, partitions: str, progress: Progress, *, folder
         await steady.transaction(lambda session: schema.record(session, *schema.sections(folder)))
         version = schema.newest(folder)
     done: dict[str, int] = {}
+    folded: dict[str, int] = {}
     names = [*schema.TABLES, *(name + ARCHIVE for name in schema.TABLES)]
     rows = {finding.name: finding.table.rows for finding in seen.found}
     steps = {finding.name for finding in seen.to_migrate} | busy
@@ -86,7 +87,9 @@ async def migrate(steady: Steady, partitions: str, progress: Progress, *, folder
             progress(table, done[table], 2 * rows.get(table, 0))  # each row is copied, and looked at again
 
         done[name] = 0
-        await Shadow(steady, name, name.removesuffix(ARCHIVE), partitions, copied).migrate()
+        shadow = Shadow(steady, name, name.removesuffix(ARCHIVE), partitions, copied)
+        await shadow.migrate()
+        folded[name] = shadow.folded
     if STATE in await steady.transaction(lambda session: schema.look(session, STATE)):
         await steady.change(f"DROP TABLE `{STATE}`")
     filled = await _fill_in(steady, progress)
@@ -97,6 +100,7 @@ async def migrate(steady: Steady, partitions: str, progress: Progress, *, folder
     return {
         "created": created,
         "migrated": sorted(steps),
+        "rows_folded": folded,
         "rows_filled_in": filled,
         "files_applied": applied,
         "version": max([version, *applied]),

@@ -35,6 +35,8 @@ UNIQUE: dict[str, tuple[str, ...]] = {
 }
 """The unique key that makes a row that is written again a duplicate."""
 _FOUR_BYTES = frozenset({"utf8mb4", "utf16", "utf16le", "utf32", "gb18030"})
+BYTEWISE = frozenset({"utf8mb4_nopad_bin", "utf8mb4_0900_bin", "binary", None})
+"""Collations that tell any two texts apart: MariaDB's, MySQL's, and those of columns without a charset."""
 _JOB_COLUMNS = ("fun", "user", "tgt")
 
 
@@ -53,6 +55,8 @@ class Shape(NamedTuple):
     """Width of ``salt_returns.fun``."""
     alter_time: bool
     """``salt_returns`` has ``alter_time``."""
+    bytewise: bool
+    """The columns of the unique keys compare byte by byte, trailing spaces too."""
 
 
 class Column(NamedTuple):
@@ -183,6 +187,11 @@ def shape_of(tables: dict[str, Table]) -> Shape:
         utf8mb4=all(charset is None or charset in _FOUR_BYTES for charset in texts),
         fun_characters=returns.columns["fun"].characters or 255,
         alter_time="alter_time" in returns.columns,
+        bytewise=all(
+            table.columns[column].collation in BYTEWISE
+            for table, columns in ((jids, UNIQUE["jids"]), (returns, UNIQUE["salt_returns"]))
+            for column in columns
+        ),
     )
 
 

@@ -31,7 +31,8 @@ STATE = "mysql_jobcache_migration"
 _INDEX = "mysql_jobcache_jid"
 _STATE_DDL = (
     f"CREATE TABLE `{STATE}` (`source` VARCHAR(64) CHARACTER SET ascii NOT NULL PRIMARY KEY, "
-    "`cursor` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NULL) ENGINE = InnoDB"
+    "`cursor` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NULL, `folded` BIGINT NOT NULL DEFAULT 0) "
+    "ENGINE = InnoDB"
 )
 _CHUNK_SECONDS = 0.15
 _CHUNK_FIRST, _CHUNK_LEAST, _CHUNK_MOST = 500, 20, 50_000  # rows
@@ -54,6 +55,8 @@ class Shadow:
         self._keys = folding.keys_of(of)
         self._key = self._keys[0]
         self._report = report
+        self.folded = 0
+        """Rows that are not in the new table, since another one with their key is."""
 
     async def migrate(self) -> None:
         """All of the way, from wherever an earlier try stopped.
@@ -95,9 +98,11 @@ class Shadow:
         await self._make_state()
         cursor = await self._cursor(self._new)
         if self._new in tables and (
-            cursor is None or not set(tables[self._name].columns) <= set(tables[self._new].columns)
+            cursor is None
+            or not set(tables[self._name].columns) <= set(tables[self._new].columns)
+            or blueprint.differences(self._of, tables[self._new])
         ):
-            await self._drop(self._new)  # half made, or of a table that was changed since
+            await self._drop(self._new)  # half made, by another version, or of a table that was changed since
             del tables[self._new]
         if self._new not in tables:
             await self._make(tables)
@@ -219,18 +224,25 @@ class Shadow:
         if await self._cursor(mark) is None:
             await self._steady.run(f"INSERT INTO `{STATE}` (`source`, `cursor`) VALUES ({quote(mark)}, NULL)")
         await self._walk(mark, source, have, want, self._bring_chunk)
+        ((folded,),) = await self._steady.rows(f"SELECT `folded` FROM `{STATE}` WHERE `source` = {quote(mark)}")
+        self.folded += int(folded)
         await self._drop(source)
 
     async def _bring_chunk(self, session: Session, source: str, tables: tuple[Table, Table], where: str) -> None:
         """What of a range is missing in the table, or stands there otherwise."""
-        have, _ = tables
+        have, want = tables
+        if self._key != "id":
+            await session.execute(
+                f"UPDATE `{STATE}` SET `folded` = `folded` + ({folding.count_folded(self._of, have, source, where)}) "
+                f"WHERE `source` = {quote(f'{source} over')}"
+            )
         keys = ", ".join(f"`src`.`{key}`" for key in self._keys)
         same = " AND ".join(
             f"`now`.`{key}` = "
             + (
                 f"`src`.`{key}`"
                 if self._key == "id"
-                else f"CONVERT(COALESCE(`src`.`{key}`, '') USING utf8mb4) COLLATE utf8mb4_bin"
+                else f"CONVERT(COALESCE(`src`.`{key}`, '') USING utf8mb4) COLLATE {want.columns[key].collation}"
             )
             for key in self._keys
         )
@@ -280,8 +292,11 @@ class Shadow:
     # The state
 
     async def _make_state(self) -> None:
-        if STATE not in await self._steady.transaction(lambda session: schema.look(session, STATE)):
+        found = await self._steady.transaction(lambda session: schema.look(session, STATE))
+        if STATE not in found:
             await self._steady.change(_STATE_DDL)
+        elif "folded" not in found[STATE].columns:  # an earlier version was interrupted
+            await self._steady.change(f"ALTER TABLE `{STATE}` ADD COLUMN `folded` BIGINT NOT NULL DEFAULT 0")
 
     async def _cursor(self, mark: str) -> tuple[Any, ...] | None:
         found = await self._steady.rows(f"SELECT `cursor` FROM `{STATE}` WHERE `source` = {quote(mark)}")

@@ -151,8 +151,7 @@ class Steady:
                 raise Busy  # noqa: TRY301 (the session is closed below)
             await session.execute(
                 # Strict as everywhere, but rows of somebody else may hold a date of zeros, and are copied as they are.
-                # MySQL 8 warns about that, and aiomysql says what it warns about: no warnings, but all of the errors.
-                "SET SESSION max_error_count = 0, SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', "
+                "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', "
                 f"SESSION lock_wait_timeout = {_LOCK_WAIT_SECONDS}, "
                 f"SESSION innodb_lock_wait_timeout = {_ROW_LOCK_SECONDS}"
             )

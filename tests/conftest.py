@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.mariadb import MariaDB
+from tests.support.mariadb import MariaDB, Server
+from tests.support.mysql import MySQL
 from tests.support.scratch import Scratch, scratch
 from tests.support.shipping import Shipping
 
@@ -27,14 +29,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
+def product() -> type[Server]:
+    """The database server that the tests run against: MariaDB, or what the variable SERVER says (mysql)."""
+    return {"mariadb": MariaDB, "mysql": MySQL}[os.environ.get("SERVER", "mariadb")]
+
+
+@pytest.fixture(scope="session")
+def mariadb(product: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The session's server. A test may stop, kill or freeze it: its `database` mends that afterwards."""
-    with MariaDB(tmp_path_factory.mktemp("mariadb")) as server:
+    with product(tmp_path_factory.mktemp("server")) as server:
         yield server
 
 
 @pytest.fixture
-def database(mariadb: MariaDB) -> Iterator[Scratch]:
+def database(mariadb: Server) -> Iterator[Scratch]:
     """An empty database and its account on the session's server, both gone after the test."""
     with scratch(mariadb) as made:
         yield made

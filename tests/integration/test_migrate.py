@@ -20,7 +20,16 @@ from salt_mysql_engine import schema, upkeep
 from salt_mysql_engine.upkeep import EngineError
 from tests.support import migrator
 from tests.support.mariadb import MariaDB, accepts, wait_until
-from tests.support.oldtables import MAKERS, add_job, add_return, load_of, make_2014, make_saltext, opts_of
+from tests.support.oldtables import (
+    MAKERS,
+    add_job,
+    add_return,
+    load_of,
+    make_2014,
+    make_saltext,
+    make_version_1,
+    opts_of,
+)
 from tests.support.proxy import Proxy
 from tests.support.scratch import Scratch, scratch
 from tests.support.shipping import Shipping, jid, published, returned
@@ -117,7 +126,9 @@ def test_a_migrated_table_is_the_one_that_we_would_create(database: Scratch, opt
     assert migrate(opts)["created"] == list(schema.TABLES)
     for table, ddl in migrated.items():
         created = database.sql(f"SHOW CREATE TABLE {table}")[0][1]
-        assert ddl.replace(" ROW_FORMAT=DYNAMIC", "").split("AUTO_INC")[0] == created.split("AUTO_INC")[0]
+        # MySQL says of what it altered also what is the default.
+        said = ddl.replace("CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_ai_ci ", "")
+        assert said.split("AUTO_INC")[0] == created.split("AUTO_INC")[0]
 
 
 def test_of_duplicates_the_first_return_stands(database: Scratch, opts: Opts) -> None:
@@ -129,6 +140,36 @@ def test_of_duplicates_the_first_return_stands(database: Scratch, opts: Opts) ->
     add_return(database, jid(2), "Web1", value="4")
     migrate(opts)
     assert returns(database) == {(jid(1), "web1"): "1", (jid(2), "web1"): "1", (jid(2), "Web1"): "4"}
+
+
+@pytest.mark.parametrize("make", [make_2014, make_saltext, make_version_1])
+def test_keys_compare_byte_by_byte_once_migrated_trailing_spaces_too(
+    database: Scratch, opts: Opts, make: Callable[[Scratch], None]
+) -> None:
+    make(database)
+    add_job(database, jid(1), "web1")
+    if make is not make_version_1:
+        add_return(database, jid(1), "web1 ", value="2")
+    assert any("salt_returns: id is varchar(255)" in each for each in upkeep.schema(opts)["missing"])
+    done = migrate(opts)
+    assert done["version"] == schema.newest()
+    assert set(done["rows_folded"].values()) == {0}
+    if make is make_version_1:
+        add_return(database, jid(1), "web1 ", value="2")
+    add_return(database, jid(1), "Web1", value="3")
+    assert returns(database) == {(jid(1), "web1"): "true", (jid(1), "web1 "): "2", (jid(1), "Web1"): "3"}
+    assert database.sql("SELECT `return` FROM salt_returns WHERE id = 'web1 '") == [("2",)]
+    add_job(database, jid(1) + " ")
+    assert upkeep.schema(opts)["missing"] == []
+
+
+def test_a_migration_says_how_many_rows_it_folded(database: Scratch, opts: Opts) -> None:
+    make_2014(database)
+    for minion in ("web1", "web1", "web1", "web2"):
+        add_return(database, jid(1), minion)
+    for _ in range(2):
+        database.sql("INSERT INTO jids (jid, `load`) VALUES (%s, %s)", jid(1), load_of())
+    assert migrate(opts)["rows_folded"] == {"jids": 1, "salt_returns": 2, "salt_events": 0}
 
 
 def test_of_duplicates_without_a_time_the_one_that_was_inserted_first_stands(database: Scratch, opts: Opts) -> None:

@@ -18,6 +18,7 @@ from tests.support.scratch import Scratch
 
 QUIET: Callable[[str], None] = [].append
 """Where lines of progress go."""
+NEWEST = schema.newest()
 TODAY = datetime.datetime.now(datetime.timezone.utc).date()
 
 
@@ -38,8 +39,8 @@ async def session(database: Scratch) -> AsyncIterator[Session]:
 async def test_an_empty_database_gets_our_tables_and_their_version(database: Scratch, session: Session) -> None:
     created, shape = await schema.ensure(session, create=True, events=True)
     assert created == ["jids", "salt_returns", "salt_events"]
-    assert shape == schema.Shape(frozenset(schema.TABLES), True, True, True, 255, True)
-    assert database.sql("SELECT version FROM mysql_jobcache_schema") == [(schema.newest(),)]
+    assert shape == schema.Shape(frozenset(schema.TABLES), True, True, True, 255, True, True)
+    assert database.sql("SELECT MAX(version) FROM mysql_jobcache_schema") == [(NEWEST,)]
     assert await schema.ensure(session, create=True, events=True) == ([], shape)
 
 
@@ -65,13 +66,13 @@ async def test_saltexts_tables_can_be_written_to_and_their_shape_says_how(databa
     make_saltext(database)
     created, shape = await schema.ensure(session, create=True, events=True)
     assert created == []
-    assert shape == schema.Shape(frozenset({"jids"}), False, False, False, 50, True)
+    assert shape == schema.Shape(frozenset({"jids"}), False, False, False, 50, True, False)
 
 
 async def test_tables_of_2014_can_be_written_to_and_their_shape_says_how(database: Scratch, session: Session) -> None:
     make_2014(database)
     _, shape = await schema.ensure(session, create=True, events=True)
-    assert shape == schema.Shape(frozenset(), False, False, False, 50, False)
+    assert shape == schema.Shape(frozenset(), False, False, False, 50, False, False)
 
 
 async def test_a_key_on_a_part_of_a_column_or_on_more_columns_is_no_key_of_ours(
@@ -110,7 +111,11 @@ def test_each_kind_of_database_is_told_from_the_others(database: Scratch, tmp_pa
         database.sql("DROP TABLE jids, salt_returns, salt_events")
     upkeep.migrate(opts, False, QUIET)
     said = upkeep.schema(opts)
-    assert (said["is"], said["missing"], said["what_to_do"]) == ("ours at version 1", [], "nothing to do")
+    assert (said["is"], said["missing"], said["what_to_do"]) == (
+        f"ours at version {schema.newest()}",
+        [],
+        "nothing to do",
+    )
     database.sql("ALTER TABLE salt_returns DROP KEY success, MODIFY `return` MEDIUMTEXT NOT NULL")
     said = upkeep.schema(opts)
     assert said["kind"] == "ours"
@@ -139,12 +144,14 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     for path in schema.FOLDER.glob("*.sql"):
         (folder / path.name).write_text(path.read_text())
-    (folder / "002_colours.sql").write_text(
+    (folder / f"{NEWEST + 1:03}_colours.sql").write_text(
         "-- name: jids\nALTER TABLE `jids` ADD COLUMN `colour` INT NULL;\n"
         "ALTER TABLE `jids` ADD KEY `colour` (`colour`);\n"
         "-- name: salt_events\nALTER TABLE `salt_events` ADD COLUMN `colour` INT NULL;\n"
     )
-    (folder / "003_shapes.sql").write_text("-- name: jids\nALTER TABLE `jids` ADD COLUMN `shape` INT NULL;\n")
+    (folder / f"{NEWEST + 2:03}_shapes.sql").write_text(
+        "-- name: jids\nALTER TABLE `jids` ADD COLUMN `shape` INT NULL;\n"
+    )
     return folder
 
 
@@ -160,11 +167,13 @@ async def test_the_numbered_files_after_a_databases_version_are_applied_in_order
     await schema.ensure(session, create=True, events=False)
     async with Steady(database_of(database), "test", patience=10) as steady:
         done = await migrate.migrate(steady, "none", lambda *_: None, folder=folder)
-        assert (done["files_applied"], done["version"]) == ([2, 3], 3)
+        assert (done["files_applied"], done["version"]) == ([NEWEST + 1, NEWEST + 2], NEWEST + 2)
         assert columns(database, "jids") == ["colour", "shape"]
-        assert database.sql("SELECT version FROM mysql_jobcache_schema ORDER BY version") == [(1,), (2,), (3,)]
+        assert database.sql("SELECT version FROM mysql_jobcache_schema ORDER BY version") == [
+            (number,) for number in range(1, NEWEST + 3)
+        ]
         done = await migrate.migrate(steady, "none", lambda *_: None, folder=folder)
-        assert (done["files_applied"], done["version"]) == ([], 3)
+        assert (done["files_applied"], done["version"]) == ([], NEWEST + 2)
 
 
 async def test_a_table_that_is_made_later_is_made_by_all_of_the_files(
@@ -182,7 +191,7 @@ async def test_a_file_that_was_interrupted_is_applied_to_its_end(
     await schema.ensure(session, create=True, events=False)
     database.sql("ALTER TABLE jids ADD COLUMN colour INT NULL")  # its first statement was
     async with Steady(database_of(database), "test", patience=10) as steady:
-        assert await migrate.apply(steady, 1, folder) == [2, 3]
+        assert await migrate.apply(steady, NEWEST, folder) == [NEWEST + 1, NEWEST + 2]
     assert columns(database, "jids") == ["colour", "shape"]
     assert database.sql("SHOW KEYS FROM jids WHERE Key_name = 'colour'")
 

@@ -14,6 +14,7 @@ import pytest
 
 from salt_mysql_engine import moments, records, writer
 from salt_mysql_engine.errors import OperatorNeeded
+from tests.support.oldtables import make_version_1
 from tests.support.scratch import Scratch
 from tests.support.shipping import (
     MASTER,
@@ -448,7 +449,7 @@ async def test_four_byte_utf8_is_kept_everywhere(database: Scratch, shipping: Ma
 
 
 @pytest.mark.parametrize("one_batch", [True, False])
-@pytest.mark.parametrize("ids", [("web1", "Web1", "WEB1"), ("strasse", "straße"), ("a", "ä", "a\0")])
+@pytest.mark.parametrize("ids", [("web1", "Web1", "WEB1"), ("strasse", "straße"), ("a", "ä", "a\0"), ("web1 ", "web1")])
 async def test_minion_ids_that_look_alike_to_a_collation_are_rows_of_their_own(
     database: Scratch, shipping: Make, ids: tuple[str, ...], one_batch: bool
 ) -> None:
@@ -460,9 +461,10 @@ async def test_minion_ids_that_look_alike_to_a_collation_are_rows_of_their_own(
 
 
 @pytest.mark.parametrize("one_batch", [True, False])
-async def test_minion_ids_that_differ_in_a_trailing_space_do_not_swallow_each_other(
+async def test_in_tables_of_version_1_minion_ids_that_differ_in_a_trailing_space_do_not_swallow_each_other(
     database: Scratch, shipping: Make, one_batch: bool
 ) -> None:
+    make_version_1(database)
     ids = ("web1 ", "web1")
     async with shipping() as ship:
         for group in [ids] if one_batch else [(each,) for each in ids]:

@@ -1,4 +1,5 @@
-"""A private MariaDB server: its own directory, its own port on loopback, started and stopped by us.
+"""A private database server: its own directory, its own port on loopback, started and stopped by us. Here MariaDB's;
+MySQL's is in `mysql.py`.
 
 The tests promise things about a database server, so they talk to one. Each server lives in the directory it is given
 and leaves nothing behind in the system: no service, no configuration file read, no account but its own.
@@ -23,11 +24,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import psutil
 import pymysql
 from pymysql.connections import Connection
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LOOPBACK: Final = "127.0.0.1"
 CURRENT_USER: Final = pwd.getpwuid(os.getuid()).pw_name
@@ -43,7 +47,6 @@ _OPTIONS: Final = (
     f"--bind-address={LOOPBACK}",
     "--skip-name-resolve",
     "--innodb-buffer-pool-size=128M",
-    "--innodb-log-file-size=64M",
     "--performance-schema=OFF",
     "--skip-log-bin",
 )
@@ -133,14 +136,16 @@ def find_program(name: str) -> str:
     return found
 
 
-class MariaDB:
-    """A MariaDB server in `directory`; `options` are server options such as `--max-allowed-packet=1M`.
+class Server:
+    """A database server in `directory`; `options` are server options such as `--max-allowed-packet=1M`.
 
     The port stays the same for the life of the object, so a stop and a start look like an outage to clients.
     `options` is a list that may be changed while the server is down.
     """
 
     host: Final = LOOPBACK
+    product: ClassVar[str]
+    is_mysql: ClassVar[bool] = False
 
     def __init__(self, directory: Path, *, options: Sequence[str] = ()) -> None:
         self.directory = directory
@@ -149,10 +154,10 @@ class MariaDB:
         self.datadir = directory / "data"
         self.error_log = directory / "error.log"
         self._short = ShortPath(directory, limit=80)
-        self.socket = self._short.path / "mariadb.sock"
+        self.socket = self._short.path / "server.sock"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> MariaDB:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -162,6 +167,18 @@ class MariaDB:
         self.stop()
         self._short.remove()
 
+    def program(self) -> list[str]:
+        """The server's command."""
+        raise NotImplementedError
+
+    def template(self) -> Path:
+        """An empty data directory to copy."""
+        raise NotImplementedError
+
+    def own_options(self) -> Sequence[str]:
+        """What this product alone takes."""
+        return ()
+
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -170,7 +187,7 @@ class MariaDB:
     def pid(self) -> int:
         """The server's process id; raises when it is not running."""
         if self._process is None or self._process.poll() is not None:
-            raise RuntimeError("this MariaDB server is not running")
+            raise RuntimeError(f"this {self.product} server is not running")
         return self._process.pid
 
     def processes(self) -> list[psutil.Process]:
@@ -181,24 +198,26 @@ class MariaDB:
     def start(self, *, timeout: float = 60.0) -> None:
         """Start the server and return once it answers; on failure raise with the tail of its error log."""
         if self.running:
-            raise RuntimeError("this MariaDB server is already running")
+            raise RuntimeError(f"this {self.product} server is already running")
         tmpdir = self.directory / "tmp"
         tmpdir.mkdir(parents=True, exist_ok=True)
-        program = find_program("mariadbd")
         self._short.make()
         if not self.datadir.exists():
-            shutil.copytree(_template(program), self.datadir)
+            shutil.copytree(self.template(), self.datadir)
+        program, *rest = self.program()
         command = [
             program,
-            "--no-defaults",
+            "--no-defaults",  # the first, or it is none
+            *rest,
             f"--user={CURRENT_USER}",
             f"--datadir={self.datadir}",
             f"--socket={self.socket}",
-            f"--pid-file={self.directory / 'mariadb.pid'}",
+            f"--pid-file={self.directory / 'server.pid'}",
             f"--port={self.port}",
             # Not the machine's own, where a server that starts clears the temporary tables of others away.
             f"--tmpdir={tmpdir}",
             *_OPTIONS,
+            *self.own_options(),
             *self.options,
         ]
         with self.error_log.open("ab") as log:
@@ -207,10 +226,10 @@ class MariaDB:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         try:
-            wait_until(self._answers, timeout=timeout, what="MariaDB's first answer")
+            wait_until(self._answers, timeout=timeout, what=f"{self.product}'s first answer")
         except (RuntimeError, TimeoutError) as error:
             self.kill()
-            raise RuntimeError(f"MariaDB did not start: {error}\n{tail(self.error_log)}") from error
+            raise RuntimeError(f"{self.product} did not start: {error}\n{tail(self.error_log)}") from error
 
     def _answers(self) -> bool:
         if not self.running:
@@ -292,20 +311,52 @@ class MariaDB:
             return list(cursor.fetchall())
 
 
-def _template(server: str) -> Path:
+class MariaDB(Server):
+    """A MariaDB server."""
+
+    product = "MariaDB"
+
+    def program(self) -> list[str]:
+        return [find_program("mariadbd")]
+
+    def own_options(self) -> Sequence[str]:
+        return ["--innodb-log-file-size=64M"]
+
+    def template(self) -> Path:
+        return kept_template("mariadb", self.program(), _install)
+
+
+def kept_template(product: str, program: Sequence[str], install: Callable[[Path], None]) -> Path:
     """An empty data directory to copy: made once for each version of the server, because making one takes seconds."""
-    version = subprocess.run([server, "--version"], check=True, capture_output=True).stdout
-    name = f"mariadb-{hashlib.sha256(version).hexdigest()[:12]}"
+    version = subprocess.run([program[0], "--no-defaults", "--version"], check=True, capture_output=True).stdout
+    name = f"{product}-{hashlib.sha256(version).hexdigest()[:12]}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "salt-mysql-engine"
     template = cache / name
     if template.exists():
         return template
-    installer = find_program("mariadb-install-db")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="new-", dir=cache) as scratch:
         datadir = Path(scratch) / "data"
-        command = [
-            installer,
+        install(datadir)
+        try:
+            datadir.rename(template)
+        except OSError:  # another test run made the same template meanwhile, and moved it in first
+            if not template.exists():
+                raise
+    return template
+
+
+def run_installer(command: Sequence[str]) -> None:
+    """Run what makes a data directory; raises with what it said."""
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} failed ({done.returncode}):\n{done.stdout}\n{done.stderr}")
+
+
+def _install(datadir: Path) -> None:
+    run_installer(
+        [
+            find_program("mariadb-install-db"),
             "--no-defaults",
             "--auth-root-authentication-method=normal",
             "--skip-test-db",
@@ -314,12 +365,4 @@ def _template(server: str) -> Path:
             f"--datadir={datadir}",
             "--innodb-log-file-size=4M",  # the server enlarges it; the copy stays small
         ]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"mariadb-install-db failed ({done.returncode}):\n{done.stdout}\n{done.stderr}")
-        try:
-            datadir.rename(template)
-        except OSError:  # another test run made the same template meanwhile, and moved it in first
-            if not template.exists():
-                raise
-    return template
+    )

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pymysql.cursors
 
-from tests.support.mariadb import MariaDB
+from tests.support.mariadb import Server
 
 PASSWORD: Final = "pass 'word' \" \\"
 _numbers = itertools.count(1)
@@ -20,7 +20,7 @@ _numbers = itertools.count(1)
 class Scratch:
     """A database, empty at first, and the account that owns it; both are called `name`."""
 
-    server: MariaDB
+    server: Server
     name: str
 
     @property
@@ -72,7 +72,7 @@ _ORDER: Final = {"jids": "jid", "salt_returns": "jid, id", "salt_events": "id"}
 
 
 @contextlib.contextmanager
-def scratch(server: MariaDB) -> Iterator[Scratch]:
+def scratch(server: Server) -> Iterator[Scratch]:
     """A scratch database; the server may be down or frozen when it ends, and runs afterwards."""
     made = Scratch(server, f"salt_{next(_numbers)}")
     server.create_database(made.name, made.name, PASSWORD)

@@ -1,0 +1,13 @@
+-- jid and id compare byte by byte: with the collation of version 1 (utf8mb4_bin) 'web1 ' was the same key as web1.
+--
+-- No statement stands here: mysql_jobcache.migrate copies tables whose columns are not as 001 has them, while the engine goes
+-- on writing. By hand, with nobody writing meanwhile, and the archive tables (salt_returns_archive and so on) alike:
+--
+--   ALTER TABLE `jids` MODIFY COLUMN `jid` VARCHAR(255) CHARACTER SET utf8mb4
+--       /*M!100202 COLLATE utf8mb4_nopad_bin */ /*!80017 COLLATE utf8mb4_0900_bin */ NOT NULL;
+--   ALTER TABLE `salt_returns`
+--       MODIFY COLUMN `jid` VARCHAR(255) CHARACTER SET utf8mb4
+--           /*M!100202 COLLATE utf8mb4_nopad_bin */ /*!80017 COLLATE utf8mb4_0900_bin */ NOT NULL,
+--       MODIFY COLUMN `id` VARCHAR(255) CHARACTER SET utf8mb4
+--           /*M!100202 COLLATE utf8mb4_nopad_bin */ /*!80017 COLLATE utf8mb4_0900_bin */ NOT NULL;
+--   INSERT INTO `mysql_jobcache_schema` (`version`) VALUES (2);
