@@ -224,7 +224,7 @@ class Engine:
                 "started": _moment(self._started_at),
                 "uptime_seconds": round(time.time() - self._started_at, 1),
             },
-            "books": books,
+            "books": {**books, "waiting": self._verifier.waiting},
             "lag_seconds": 0.0 if oldest is None else round(max(0.0, time.time() - oldest), 3),
             "last_error": {"time": _moment(writer.fault.at), "message": writer.fault.message} if writer.fault else None,
             "bus": {

@@ -131,7 +131,7 @@ class HandOff:
         return os.path.exists(f"{self._no_cache}/{jid}")  # noqa: PTH110 (once a return, and never raises)
 
     def _append(self, jid: str, minion: str, body: bytes) -> None:
-        event = NewEvent(time.time(), jid, minion, body, trusted=True)
+        event = NewEvent(time.time(), jid, minion, body, journalfile.CONFIRMED)
         with self._lock:
             if self._thread is not None:  # what came first goes first, and nobody waits twice
                 self._hold(event)

@@ -37,6 +37,8 @@ class Item(NamedTuple):
     """Bytes of SQL, about."""
     error: str = ""
     """Why there is no outcome: a fault of ours, which makes the event a dead letter."""
+    confirmed: bytes | None = None
+    """The event's bytes, where the job cache confirmed them."""
 
 
 class Maker:

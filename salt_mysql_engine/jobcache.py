@@ -5,9 +5,14 @@
 ``.minions.<syndic>.p``, ``nocache`` (an empty mark), and a folder for each minion with ``return.p`` (``return``,
 ``retcode``, ``success``) and ``out.p`` (salt/returners/local_cache.py 3006-3008). The files are msgpack, written
 beside and renamed, one after the other; 3006.28 and 3008 sync each before, for as long as the disk takes. Only what
-passed the master's own ``_return`` is there, and the first return of a minion stands.
+passed the master's own ``_return`` is there, and the first return of a minion stands. A runner that did not end yet
+is known by ``<cachedir>/proc/<jid>`` (salt/client/mixins.py 3006-3008).
 
-Everything is tolerated: a file that is half written, of someone else or not there is ``None``. Salt's own reader is
+What is confirmed is made of these files alone. Of the event come its ``_stamp`` and ``ts``, two times, each only in the
+form that Salt gives it. No word of a stranger gets into another one's row.
+
+A file that is half written, of someone else or not there is ``None``. An error that says nothing about the file (out of
+descriptors, a failing disk, no permission) is no answer: it is told apart as :class:`Unreadable`. Salt's own reader is
 not used, because it raises where ``.minions.p`` is missing and waits a second for a file that it cannot read.
 """
 
@@ -15,6 +20,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import hashlib
 import heapq
 import logging
@@ -25,17 +31,43 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import records
-from .records import Kind, Opened, Tag
+from .records import Ignored, Kind, Opened, Tag
 
 log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
 """A larger value would not fit into any row; it is treated as not there."""
 
+_CALL_BYTES = 4 * 1024 * 1024
 _BETWEEN_SECONDS = 1.0
 """For so long the master may take from one file of a folder to the beginning of the next."""
+_FUTURE_SECONDS = 5.0
 _ATOMIC_WRITE = ".___atomic_write"
-_OF_LOAD = ("fun", "user")
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""The errors that say that there is no such file. EISDIR and ENXIO come for what is no file at all."""
+_NO_FILE = _NOT_THERE | {errno.EISDIR, errno.ENXIO}
+_MAX_TS = 2**33
+
+
+class Unreadable(NamedTuple):
+    """The cache gave no answer; ``error`` says why."""
+
+    error: str
+
+
+class TooLarge(NamedTuple):
+    """A file of the answer has more bytes than the caller wants to read."""
+
+    size: int
+
+
+class NotAsked(NamedTuple):
+    """So much was read for the other events that this one has to be asked for again."""
+
+
+Answer = Opened | Ignored | Unreadable | TooLarge | NotAsked | None
+"""What the cache has of an event: the event as it holds it, ``Ignored.NOCACHE`` for a job that asked not to be kept,
+nothing (yet), or no answer."""
 
 
 class Folder(NamedTuple):
@@ -46,15 +78,14 @@ class Folder(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What a folder holds: the load (``{}`` when there is none), and the minions with their return's time."""
+    """What a folder holds: the job's function (``None`` without a load), whether the load is a publish's and names a
+    target, and the minions that returned."""
 
     jid: str
-    load: dict[str, Any]
+    fun: Any
+    is_publish: bool
+    has_target: bool
     returned: list[str]
-
-
-class NoCache(Exception):
-    """The job asked not to be kept: the master will never have its returns."""
 
 
 class JobCache:
@@ -75,13 +106,16 @@ class JobCache:
             and not opts.get("ext_job_cache")
         )
 
-    def confirm(self, events: Iterable[Opened], patience: float) -> list[dict[str, Any] | None | NoCache]:
-        """For each event the payload as the cache has it; ``None`` when the cache does not have it, or not yet.
+    def confirm(self, events: Iterable[Opened], patience: float, *, max_bytes: int = MAX_FILE_BYTES) -> list[Answer]:
+        """For each event the same as the cache has it.
 
         ``patience``: for how many seconds a file that does not come is taken for one that is being written.
+        ``max_bytes``: of one file; an event that needs a larger one is :class:`TooLarge`. Some megabytes of files are
+        read in a call, and what is left over is :class:`NotAsked`.
         Each job's folder is opened, and its load read, once a call; one at a time.
         """
-        confirmed: dict[int, dict[str, Any] | None | NoCache] = {}
+        read = 0
+        answers: dict[int, Answer] = {}
         by_job: dict[str, list[tuple[int, Tag, dict[str, Any]]]] = collections.defaultdict(list)
         total = 0
         for number, event in enumerate(events):
@@ -89,38 +123,84 @@ class JobCache:
             if event.job is not None and records.is_jid(event.job.jid):
                 by_job[event.job.jid].append((number, event.job, event.data))
         for jid, of_job in by_job.items():
-            with _open_job(self._folder(jid)) as job:
-                load = _load(job)
-                for number, tag, data in of_job:
-                    try:
-                        confirmed[number] = self._confirm_in(job, load, tag, data, patience)
-                    except Exception:  # whatever a stranger wrote, the next event must be looked at
-                        log.exception("The job cache cannot be compared with an event of jid %s", jid)
-        return [confirmed.get(number) for number in range(total)]
+            if read >= _CALL_BYTES:
+                answers.update((number, NotAsked()) for number, _, _ in of_job)
+                continue
+            try:
+                with _open_job(self._folder(jid)) as job:
+                    reader = _JobReader(job, max_bytes)
+                    for number, tag, data in of_job:
+                        enough = read + reader.bytes_read >= _CALL_BYTES
+                        answers[number] = NotAsked() if enough else self._confirm_in(reader, tag, data, patience)
+                read += reader.bytes_read
+            except OSError as exc:
+                trouble = Unreadable(f"the job cache cannot be read: {exc}")
+                answers.update((number, trouble) for number, _, _ in of_job if number not in answers)
+        return [answers.get(number) for number in range(total)]
 
-    def _confirm_in(
-        self, job: _OpenJob, load: dict[str, Any] | None, tag: Tag, data: dict[str, Any], patience: float
-    ) -> dict[str, Any] | None | NoCache:
-        if tag.kind is Kind.JOB_NEW:
-            return None if load is None else self._published(tag, data, load)
-        if tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
-            return data if load is not None or os.path.exists(f"{self._proc}/{tag.jid}") else None  # noqa: PTH110 (never raises)
+    def _confirm_in(self, job: _JobReader, tag: Tag, data: dict[str, Any], patience: float) -> Answer:
+        found: Opened | Ignored | None
+        try:
+            if tag.kind is Kind.JOB_NEW:
+                found = self._published(job, tag, patience)
+            elif tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
+                found = self._begun(job, tag)
+            else:
+                found = self._returned(job, tag, data, patience)
+        except _OverLimit as exc:
+            return TooLarge(exc.size)
+        except OSError as exc:
+            return Unreadable(f"the job cache cannot be read: {exc}")
+        except Exception:  # whatever a stranger made the master store, the next event must be looked at
+            log.exception("The job cache cannot be compared with an event of jid %s", tag.jid)
+            return None
+        return found._replace(data={**found.data, **_times(data)}) if isinstance(found, Opened) else found
+
+    def _published(self, job: _JobReader, tag: Tag, patience: float) -> Opened | None:
+        """The publish of a job; none where the load is a return's."""
+        load = job.load
+        if load is None or not records.is_publish(load):
+            return None
+        minions = _minions(job.path)
+        if minions is None:
+            if load.get("tgt") and _is_being_written(job.path, patience):  # they are written a moment after the load
+                return None
+            minions = []
+        return records.opened(f"salt/job/{tag.jid}/new", records.publish_data(tag.jid, load, minions))
+
+    def _begun(self, job: _JobReader, tag: Tag) -> Opened | None:
+        """The start of a runner or wheel function: what its process says of itself, or its return afterwards."""
+        kind = "run" if tag.kind is Kind.RUNNER_NEW else "wheel"
+        said = _read(f"{self._proc}/{tag.jid}", max_bytes=job.max_bytes)
+        if said is None and (cached := job.returned(self._master_id)) is not None:
+            said = cached["return"]
+        if records.master_return_kind(said, tag.jid) != kind:
+            return None
+        data = {key: said[key] for key in ("fun", "jid", "user", "fun_args") if key in said}
+        return records.opened(f"salt/{kind}/{tag.jid}/new", data)
+
+    def _returned(self, job: _JobReader, tag: Tag, data: Mapping[str, Any], patience: float) -> Opened | Ignored | None:
         minion = tag.minion if tag.kind is Kind.JOB_RETURN else self._master_id
-        cached = _return(minion, job)
+        cached = job.returned(minion)
         if cached is None:
-            return NoCache() if _asked_not_to_be_kept(job) else None
-        if tag.kind is not Kind.JOB_RETURN:
-            value = cached["return"]
-            return {**value, "_stamp": data.get("_stamp")} if isinstance(value, dict) else None
-        out = _read(f"{minion}/out.p", job.fd)
+            return Ignored.NOCACHE if _asked_not_to_be_kept(job) else None
+        kind = records.master_return_kind(cached["return"], tag.jid) if minion == self._master_id else None
+        if kind is not None:
+            return records.opened(f"salt/{kind}/{tag.jid}/ret", dict(cached["return"]))
+        if tag.kind is not Kind.JOB_RETURN or job.load is None:
+            return None
+        out = job.read(f"{minion}/out.p")
         if out is not None:
             cached["out"] = out
-        elif "out" in data and _is_being_written(f"{job.path}/{minion}", patience):
+        elif _may_have_outputter(data, cached) and _is_being_written(f"{job.path}/{minion}", patience):
             return None
-        return _as_cached(data, cached, load or {})
+        return records.opened(
+            f"salt/job/{tag.jid}/ret/{minion}", records.return_data(tag.jid, minion, cached, job.load)
+        )
 
     def present(self, keys: Iterable[tuple[str, str]]) -> list[bool]:
-        """Whether the cache has something for each (jid, minion), ``""`` for the job itself: a quick first look."""
+        """Whether the cache has something for each (jid, minion), ``""`` for the job itself: a quick first look. What
+        cannot be told counts as there."""
         return [self._is_present(jid, minion) for jid, minion in keys]
 
     def _is_present(self, jid: str, minion: str) -> bool:
@@ -129,28 +209,7 @@ class JobCache:
         names = [f"{self._folder(jid)}/{minion}/return.p"]
         if not minion:
             names = [f"{self._folder(jid)}/.load.p", f"{self._proc}/{jid}"]
-        return any(map(os.path.exists, names))  # which, unlike Path.exists(), raises nothing
-
-    def _published(self, tag: Tag, data: dict[str, Any], load: dict[str, Any]) -> dict[str, Any] | None:
-        """The payload of a ``/new`` with what the master stored of it."""
-        cached: dict[str, Any] = {
-            key: load[key] for key in ("tgt", "tgt_type", "fun", "arg", "user", "kwargs", "ret") if key in load
-        }
-        minions = self._minions(self._folder(tag.jid))
-        if minions is None:
-            if load.get("tgt"):  # they are written a moment after the load
-                return None
-            minions = []
-        # One part of a batch job (3008) names its own minions, and the folder has those of all parts.
-        of_part = [name for name in _texts(data.get("minions")) if name in set(minions)]
-        targets = data.get("tgt")
-        if targets and targets == _texts(targets) and set(targets) <= set(minions):
-            cached["tgt"] = targets
-        aimed_at = cached.get("tgt")
-        if isinstance(aimed_at, str):
-            aimed_at = aimed_at.split(",")
-        missing = [name for name in _texts(data.get("missing")) if name in _texts(aimed_at)]
-        return {**data, "jid": tag.jid, **cached, "minions": of_part or minions, "missing": missing}
+        return any(map(_may_be_there, names))
 
     def folders(self, *, since: float, before: Folder | None, most: int) -> list[Folder]:
         """The ``most`` newest folders that changed at or after ``since``, newest first, older than ``before``."""
@@ -167,79 +226,62 @@ class JobCache:
                     yield Folder(changed_at, f"{top.name}/{folder.name}")
 
     def job(self, folder: Folder) -> Job | None:
-        """What a folder holds; ``None`` for one that is no job's (any more), or whose job asked not to be kept."""
+        """What a folder holds; ``None`` for one that is no job's (any more), or whose job asked not to be kept.
+
+        Raises:
+            OSError: the cache cannot be read.
+        """
         path = str(self._jobs / folder.name)
         with _open_job(path) as opened:
             names = [entry.name for entry in _entries(path)]
-            try:
-                jid = Path(path, "jid").read_bytes()[:64].decode()
-            except (OSError, UnicodeDecodeError):
-                jid = ""
-            load = _load(opened) or {}
-            if not records.is_jid(jid):
+            load = _JobReader(opened, MAX_FILE_BYTES).load
+            jid = _text_of("jid", opened.fd)
+            if not records.is_jid(jid) and load:
                 # Salt truncates the file and writes it anew at every return: a master that died then left it empty.
                 jid = str(load.get("jid"))
             if not records.is_jid(jid) or self._folder(jid) != path or _asked_not_to_be_kept(opened):
                 return None
-            return Job(jid, load, [name for name in names if _is_id(name) and name not in ("jid", "endtime")])
+            returned = [name for name in names if _is_id(name) and name not in ("jid", "endtime")]
+            if load is None:
+                return Job(jid, None, False, False, returned)
+            return Job(jid, load.get("fun", ""), records.is_publish(load), bool(load.get("tgt")), returned)
+
+    def publish(self, jid: str) -> dict[str, Any] | None:
+        """The payload of a job's publish; ``None`` where the load is no publish's.
+
+        Raises:
+            OSError: the cache cannot be read.
+        """
+        with _open_job(self._folder(jid)) as opened:
+            load = _JobReader(opened, MAX_FILE_BYTES).load
+            if load is None or not records.is_publish(load):
+                return None
+            return records.publish_data(jid, load, _minions(opened.path) or [])
 
     def is_being_written(self, job: Job, minion: str, *, patience: float) -> bool:
         """Whether the master may be about to add to what it stored of a minion's return, or (``""``) of the publish."""
         folder = self._folder(job.jid)
         if minion:
             return _is_being_written(f"{folder}/{minion}", patience)
-        return bool(job.load.get("tgt")) and _is_being_written(folder, patience) and self._minions(folder) is None
+        return job.has_target and _is_being_written(folder, patience) and _minions(folder) is None
 
-    def new_event(self, job: Job) -> bytes | None:
-        """The event of a job's publish; ``None`` where the load is no publish's."""
-        return records.publish_event(job.jid, job.load, self._minions(self._folder(job.jid)) or [])
+    def stored_at(self, jid: str, minion: str) -> float | None:
+        """When the return of a minion was stored (seconds since the epoch); ``None``: it was not, or is none.
 
-    def return_event(self, job: Job, minion: str) -> bytes | None:
-        """The event of a minion's return, stamped with the time at which it was stored; ``None``: no such return."""
-        with _open_job(self._folder(job.jid)) as opened:
-            cached = _return(minion, opened)
-            if cached is None:
-                return None
-            out = _read(f"{minion}/out.p", opened.fd)
-            stored_at = _changed_at(f"{minion}/return.p", opened.fd) or _changed_at(minion, opened.fd)
-        if stored_at is None:
-            return None
-        stamp = {"_stamp": records.utc(stored_at).isoformat()}
-        kind = records.master_return_kind(cached["return"], job.jid) if minion == self._master_id else None
-        if kind is not None:
-            return records.try_pack(f"salt/{kind}/{job.jid}/ret", {**cached["return"], **stamp})
-        if out is not None:
-            cached["out"] = out
-        if "return" in job.load and job.load.get("id") == minion:  # a salt-call: the load is the return
-            data = {**job.load, **cached}
-        else:
-            data = {
-                "cmd": "_return",
-                "id": minion,
-                **{key: cached[key] for key in ("success", "return", "retcode") if key in cached},
-                "jid": job.jid,
-                "fun": job.load.get("fun", ""),
-                "fun_args": job.load.get("arg", []),
-                **{key: job.load[key] for key in ("user",) if key in job.load},
-                **{key: cached[key] for key in ("out",) if key in cached},
-            }
-        return records.try_pack(f"salt/job/{job.jid}/ret/{minion}", {**data, **stamp})
+        Raises:
+            OSError: the cache cannot be read.
+        """
+        with _open_job(self._folder(jid)) as opened:
+            try:
+                if _JobReader(opened, 0).returned(minion) is None:
+                    return None
+            except _OverLimit:  # whoever makes a row of it reads it
+                pass
+            return _changed_at(f"{minion}/return.p", opened.fd) or _changed_at(minion, opened.fd)
 
     def _folder(self, jid: str) -> str:
         digest = self._hash(jid.encode()).hexdigest()
         return f"{self._jobs}/{digest[:2]}/{digest[2:]}"
-
-    def _minions(self, folder: str) -> list[str] | None:
-        """Whom the job was for, by this master and its syndics."""
-        minions: set[str] = set()
-        found = False
-        for entry in _entries(folder):
-            if entry.name.startswith(".minions.") and entry.name.endswith("p"):
-                part = _read(entry.path)
-                if isinstance(part, list):
-                    found = True
-                    minions.update(name for name in part if isinstance(name, str))
-        return sorted(minions) if found else None
 
 
 class _OpenJob(NamedTuple):
@@ -253,7 +295,9 @@ class _OpenJob(NamedTuple):
 def _open_job(folder: str) -> Iterator[_OpenJob]:
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
+    except OSError as exc:
+        if exc.errno not in _NOT_THERE:
+            raise
         yield _OpenJob(folder, None)
         return
     try:
@@ -262,26 +306,81 @@ def _open_job(folder: str) -> Iterator[_OpenJob]:
         os.close(fd)
 
 
-def _load(job: _OpenJob) -> dict[str, Any] | None:
-    """A job's load without what authenticated it."""
-    load = None if job.fd is None else _read(".load.p", job.fd)
-    return records.without_secrets(load) if isinstance(load, dict) else None
+class _JobReader:
+    """Reads the files of a job, its load once. Files of more than ``max_bytes`` raise :class:`_OverLimit`."""
+
+    def __init__(self, job: _OpenJob, max_bytes: int) -> None:
+        self.path = job.path
+        self.fd = job.fd
+        self.max_bytes = max_bytes
+        self.bytes_read = 0
+        self._load: dict[str, Any] | None = None
+        self._is_read = False
+
+    @property
+    def load(self) -> dict[str, Any] | None:
+        """The job's load without what authenticated it."""
+        if not self._is_read:
+            load = self.read(".load.p")
+            self._load = records.without_secrets(load) if isinstance(load, dict) else None
+            self._is_read = True
+        return self._load
+
+    def read(self, name: str) -> Any:
+        """A file of the job's folder, unpacked; ``None``: there is none."""
+        if self.fd is None:
+            return None
+        content = _content(name, self.fd, self.max_bytes)
+        self.bytes_read += len(content or b"")
+        return _unpacked(content)
+
+    def returned(self, minion: str) -> dict[str, Any] | None:
+        """What the cache has of a minion's return."""
+        if self.fd is None or not _is_name(minion):
+            return None
+        cached = self.read(f"{minion}/return.p")
+        if cached is None:
+            # A master that died before it renamed the file (salt/utils/atomicfile.py) takes no second return either.
+            for entry in _entries(f"{self.path}/{minion}"):
+                if cached is None and entry.name.startswith(_ATOMIC_WRITE):
+                    cached = _read(entry.path, max_bytes=self.max_bytes)
+        return cached if isinstance(cached, dict) and "return" in cached else None
 
 
-def _asked_not_to_be_kept(job: _OpenJob) -> bool:
+def _minions(folder: str) -> list[str] | None:
+    """Whom the job was for, by this master and its syndics."""
+    minions: set[str] = set()
+    found = False
+    for entry in _entries(folder):
+        if entry.name.startswith(".minions.") and entry.name.endswith("p"):
+            part = _read(entry.path)
+            if isinstance(part, list):
+                found = True
+                minions.update(name for name in part if isinstance(name, str))
+    return sorted(minions) if found else None
+
+
+def _asked_not_to_be_kept(job: _OpenJob | _JobReader) -> bool:
     return job.fd is not None and _changed_at("nocache", job.fd) is not None
 
 
-def _return(minion: str, job: _OpenJob) -> dict[str, Any] | None:
-    if job.fd is None or not _is_name(minion):
-        return None
-    cached = _read(f"{minion}/return.p", job.fd)
-    if cached is None:
-        # A master that died before it renamed the file (salt/utils/atomicfile.py) takes no second return either.
-        for entry in _entries(f"{job.path}/{minion}"):
-            if cached is None and entry.name.startswith(_ATOMIC_WRITE):
-                cached = _read(entry.path)
-    return cached if isinstance(cached, dict) and "return" in cached else None
+def _may_have_outputter(data: Mapping[str, Any], cached: Mapping[str, Any]) -> bool:
+    """Whether an outputter may belong to a return: its event has one, or is not the genuine one."""
+    try:
+        return "out" in data or data.get("return") != cached["return"]
+    except RecursionError:
+        return True
+
+
+def _times(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What is taken from an event: when the minion sent it and when the master saw it."""
+    ts, stamp = data.get("ts"), data.get("_stamp")
+    times: dict[str, Any] = {}
+    if type(ts) is int and 0 <= ts < _MAX_TS:
+        times["ts"] = ts
+    if records.is_stamp(stamp):
+        times["_stamp"] = stamp
+    return times
 
 
 def _is_being_written(folder: str, patience: float) -> bool:
@@ -291,20 +390,9 @@ def _is_being_written(folder: str, patience: float) -> bool:
     """
     changed_at = _changed_at(folder)
     age = time.time() - changed_at if changed_at is not None else patience
-    if age >= patience:
+    if not -_FUTURE_SECONDS < age < patience:  # a clock that was set back leaves times far ahead of it
         return False
     return age < _BETWEEN_SECONDS or any(entry.name.startswith(_ATOMIC_WRITE) for entry in _entries(folder))
-
-
-def _as_cached(data: dict[str, Any], cached: Mapping[str, Any], load: Mapping[str, Any]) -> dict[str, Any]:
-    """A return's payload with every word that the cache has about it, in the payload's own order."""
-    cached = {**cached, **{key: load[key] for key in _OF_LOAD if key in load and key in data}}
-    if "arg" in load and "fun_args" in data:
-        cached["fun_args"] = load["arg"]
-    said = {key: value for key, value in data.items() if key not in ("return", "retcode", "success", "out")
-            or key in cached}  # fmt: skip
-    said.update(cached)
-    return said
 
 
 def _is_name(minion: str) -> bool:
@@ -321,41 +409,94 @@ def _is_id(name: str) -> bool:
     return not name.startswith(".")
 
 
-def _texts(value: Any) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-
-
 def _entries(path: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(path) as entries:
             return list(entries)
-    except (OSError, ValueError):  # ValueError: a surrogate in a name
+    except ValueError:  # a surrogate in a name
+        return []
+    except OSError as exc:
+        if exc.errno not in _NOT_THERE:
+            raise
         return []
 
 
 def _changed_at(path: str, folder_fd: int | None = None) -> float | None:
     try:
         return os.stat(path, dir_fd=folder_fd).st_mtime
-    except (OSError, ValueError):
+    except ValueError:
+        return None
+    except OSError as exc:
+        if exc.errno not in _NOT_THERE:
+            raise
         return None
 
 
-def _read(path: str, folder_fd: int | None = None) -> Any:
-    """A msgpack file; ``None`` when there is none, or none that can be read."""
+def _may_be_there(path: str) -> bool:
+    try:
+        return _changed_at(path) is not None
+    except OSError:
+        return True
+
+
+class _OverLimit(Exception):
+    """A file is larger than its reader may read."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+
+
+def _content(path: str, folder_fd: int | None, max_bytes: int) -> bytes | None:
+    """The bytes of a file; ``None``: there is none, or it is larger than any row."""
     try:
         # From an open folder: walking the long path anew takes as long as everything else here.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
-    except (OSError, ValueError):  # ValueError: a surrogate in a name
+    except ValueError:  # a surrogate in a name
+        return None
+    except OSError as exc:
+        if exc.errno not in _NO_FILE:
+            raise
         return None
     try:
         content = os.read(fd, 65536)
-        if len(content) == 65536:
-            with open(fd, "rb", closefd=False) as file:  # a descriptor
-                content += file.read(MAX_FILE_BYTES)
-                if len(content) > MAX_FILE_BYTES:
-                    return None
-        return records.unpack(content)
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        if len(content) < 65536:
+            return content
+        size = os.fstat(fd).st_size
+        if size > MAX_FILE_BYTES:
+            return None
+        if size > max_bytes:
+            raise _OverLimit(size)
+        with open(fd, "rb", closefd=False) as file:  # a descriptor
+            return content + file.read(MAX_FILE_BYTES)
+    except OSError as exc:
+        if exc.errno not in _NO_FILE:
+            raise
         return None
     finally:
         os.close(fd)
+
+
+def _read(path: str, folder_fd: int | None = None, *, max_bytes: int = MAX_FILE_BYTES) -> Any:
+    """A msgpack file; ``None`` when there is none, or none that Salt wrote.
+
+    Raises:
+        OSError: the cache cannot be read.
+        _OverLimit: the file has more than ``max_bytes``, and more than 64 KiB.
+    """
+    return _unpacked(_content(path, folder_fd, max_bytes))
+
+
+def _unpacked(content: bytes | None) -> Any:
+    try:
+        return None if content is None else records.unpack(content)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+
+
+def _text_of(path: str, folder_fd: int | None) -> str:
+    content = None if folder_fd is None else _content(path, folder_fd, MAX_FILE_BYTES)
+    try:
+        return (content or b"")[:64].decode()
+    except UnicodeDecodeError:
+        return ""

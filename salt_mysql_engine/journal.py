@@ -6,15 +6,15 @@ Promise
     operator has set takes it, counted.
 
 Tables
-    (``journalfile.py`` makes them) ``events`` holds each event's bytes as they came, under a ``seq`` that only grows
-    and is never used again, with jid and minion id from the tag beside them; ``waiting`` the returns that the
-    master's job cache did not confirm yet (``unconfirmed.py``); ``dead_letters`` what did not become a row, and why
-    (``letters.py``); ``counters`` the books; ``marks`` what must be known after a restart.
+    (``journalfile.py`` makes them) ``events`` holds each event's bytes, under a ``seq`` that only grows and is never
+    used again, with jid and minion id from the tag and the event's state next to them; ``dead_letters`` what did not
+    become a row, why, and in which state it was (``letters.py``); ``counters`` the books; ``marks`` and ``notes``
+    what must be known after a restart.
 
 Invariants
     Appending counts as captured, in the same transaction; settling deletes rows and counts their
     fate, in the same transaction. So after any crash
-    ``captured = rows in the three tables + the sum of the settled counters``.
+    ``captured = rows in both tables + the sum of the settled counters``.
 
 Recovery
     SQLite replays its own WAL at opening. ``synchronous=NORMAL``: a commit survives ``kill -9`` of
@@ -39,11 +39,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import journalfile, letters, salvage, unconfirmed
-from .journalfile import PAGE_BYTES, ROW_BYTES, NewEvent
+from . import journalfile, letters, salvage
+from .journalfile import CONFIRMED, PAGE_BYTES, ROW_BYTES, UNCHECKED, NewEvent
 from .letters import DeadLetter
 from .mending import TIMEOUT, MendedFile, mended
-from .unconfirmed import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -51,27 +50,28 @@ _KEEP_FREE_PAGES, _GIVE_BACK_PAGES = 4096, 4096  # 16 MiB each
 _CHECKPOINT_AGAIN_SECONDS = 0.1
 _WARN_SHARE, _CALM_SHARE = 0.8, 0.6
 _DROP_ROWS = 256
-_VERIFIED_THROUGH = "verified_through"
 
 
 class Entry(NamedTuple):
-    """An event on its way out; ``trusted`` when it needs no confirmation (any more)."""
+    """An event on its way out."""
 
     seq: int
     captured_at: float
     body: bytes
-    trusted: bool = False
+    state: int = UNCHECKED
 
 
 class Settlement(NamedTuple):
     """What became of some events: their ``seq``, counts by fate, and (reason, error) of dead letters by ``seq``.
 
-    The fate ``trimmed`` counts beside the others.
+    The fate ``trimmed`` counts beside the others. ``confirmed``: the bytes of dead letters that were confirmed, and so
+    need not be looked for once more.
     """
 
     seqs: Sequence[int]
     fates: Mapping[str, int]
     dead: Mapping[int, tuple[str, str]]
+    confirmed: Mapping[int, bytes] = {}
 
 
 class Caps(NamedTuple):
@@ -94,12 +94,11 @@ class Journal(MendedFile):
         super().__init__(directory / "journal.sqlite")
         self.caps = Caps()
         self.pending = 0
-        """Rows in ``events`` and ``waiting``: counted at opening, then by what statements really did."""
+        """Rows in ``events``: counted at opening, then by what statements really did."""
         self.used_bytes = 0
         """Of the file's pages, those that hold something."""
         self.full = False
         self._taken_through = 0
-        self._verified_through = 0
         self._seen_through = 0
         self._data_version = 0
         self._checkpoint_at = 0.0
@@ -110,8 +109,7 @@ class Journal(MendedFile):
     def append(self, events: Sequence[NewEvent], *, dropped: int = 0) -> int:
         """Adds events, all or none of those that the cap leaves room for; gives how many.
 
-        ``dropped`` more were captured and had no place in memory. Trusted events are for the caller to
-        hold back while the journal is ``full``.
+        ``dropped`` more were captured and had no place in memory.
         """
         total = len(events)
         self.be_there()
@@ -191,16 +189,17 @@ class Journal(MendedFile):
     def read(self, *, after: int, rows: int, max_bytes: int, take: bool = True) -> list[Entry]:
         """The oldest entries with a ``seq`` above ``after``: ``rows`` at most, and about ``max_bytes``.
 
-        What was taken (``take``) is not dropped to make room until it is settled.
+        What was taken (``take``) is not dropped to make room until it is settled. Without ``take`` those that are
+        confirmed are left out.
         """
+        which = "" if take else f"state <> {CONFIRMED} AND "
         entries: list[Entry] = []
-        for seq, captured_at, body, trusted in self._db.execute(
-            "SELECT seq, captured_at, body, trusted FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, rows)
+        for row in self._db.execute(
+            f"SELECT seq, captured_at, body, state FROM events WHERE {which}seq > ? ORDER BY seq LIMIT ?",
+            (after, rows),
         ):
-            if type(body) is not bytes or type(captured_at) is not float:
-                salvage.require(False, f"event {seq}")  # in here, for the text takes as long as the check
-            entries.append(Entry(seq, captured_at, body, bool(trusted) or seq <= self._verified_through))
-            max_bytes -= len(body)
+            entries.append(_entry(row))
+            max_bytes -= len(row[2])
             if max_bytes <= 0:
                 break
         if take and entries:
@@ -208,10 +207,37 @@ class Journal(MendedFile):
         return entries
 
     @mended
+    def read_these(self, seqs: Sequence[int], max_bytes: int) -> tuple[list[Entry], int]:
+        """The entries of these numbers that are still there, about ``max_bytes`` of them; and how many numbers were
+        looked at for that."""
+        entries: list[Entry] = []
+        looked = 0
+        while looked < len(seqs) and max_bytes > 0:
+            row = self._db.execute(
+                "SELECT seq, captured_at, body, state FROM events WHERE seq = ?", (seqs[looked],)
+            ).fetchone()
+            looked += 1
+            if row is not None:
+                entries.append(_entry(row))
+                max_bytes -= len(row[2])
+        return entries, looked
+
+    @mended
+    def confirm(self, bodies: Mapping[int, bytes]) -> None:
+        """Events that need no confirmation any more, with their bytes as the job cache has them."""
+        with self._transaction():
+            self._confirm(bodies)
+
+    def _confirm(self, bodies: Mapping[int, bytes]) -> None:
+        for seq, body in bodies.items():
+            self._db.execute("UPDATE events SET body = ?, state = ? WHERE seq = ?", (body, CONFIRMED, seq))
+
+    @mended
     def settle(self, settlement: Settlement) -> None:
         """Removes events whose fate is known, and counts it; dead letters move to their own table."""
         with self._transaction():
-            buried = sum(letters.bury(self._db, "events", seq, *why) for seq, why in settlement.dead.items())
+            self._confirm(settlement.confirmed)
+            buried = sum(letters.bury(self._db, seq, *why) for seq, why in settlement.dead.items())
             deleted = self._delete_events(settlement.seqs)
             # What a salvage could not read was counted as lost; a batch that was in memory is not.
             found_again = len(settlement.seqs) - deleted - len(settlement.dead)
@@ -233,63 +259,10 @@ class Journal(MendedFile):
         dropped = letters.trim(self._db, most=self.caps.dead_letters, max_bytes=self.caps.max_bytes // 4)
         journalfile.count(self._db, {"dropped.dead_letters_full": dropped})
 
-    @mended
-    def wait(self, seqs: Sequence[int], *, since: float) -> list[Waiting]:
-        """Puts events aside that the job cache did not confirm; gives what is waiting now of them."""
-        with self._transaction():
-            return [each for between in _ranges(seqs) for each in unconfirmed.put_aside(self._db, *between, since)]
-
-    @mended
-    def waiting(self) -> list[Waiting]:
-        """Everything that waits for the job cache, oldest first."""
-        return unconfirmed.read(self._db)
-
-    @mended
-    def bodies_of_waiting(self, seqs: Sequence[int]) -> dict[int, tuple[float, bytes]]:
-        """When some of the waiting were captured, and their bytes, by ``seq``."""
-        return unconfirmed.bodies(self._db, seqs)
-
-    @mended
-    def end_waiting(
-        self,
-        *,
-        confirmed: Mapping[int, bytes] | None = None,
-        dead: Mapping[int, str] | None = None,
-        ignored: Mapping[int, str] | None = None,
-    ) -> int:
-        """Of those that wait: ``confirmed`` ones are pending again, last in line, with these bytes; ``dead`` ones
-        become dead letters for this error; ``ignored`` ones count as ignored for this reason. Gives the number of
-        the confirmed."""
-        with self._transaction():
-            again = sum(unconfirmed.confirm(self._db, seq, body) for seq, body in (confirmed or {}).items())
-            buried = sum(
-                letters.bury(self._db, "waiting", seq, "unconfirmed", error) for seq, error in (dead or {}).items()
-            )
-            left = [reason for seq, reason in (ignored or {}).items() if unconfirmed.delete(self._db, seq)]
-            journalfile.count(self._db, collections.Counter(f"ignored.{reason}" for reason in left))
-            if dead:
-                self._trim_dead_letters()
-        self.pending -= buried + len(left)
-        return again
-
     @property
     def taken_through(self) -> int:
         """Every event up to this ``seq`` was taken for a batch, or is gone."""
         return self._taken_through
-
-    @property
-    def verified_through(self) -> int:
-        """Every event up to this ``seq`` needs no confirmation any more."""
-        return self._verified_through
-
-    @mended
-    def verified(self, through: int, replaced: Mapping[int, bytes]) -> None:
-        """Remembers that the job cache confirmed all events up to ``through``, some of them in other words."""
-        with self._transaction():
-            for seq, body in replaced.items():
-                self._db.execute("UPDATE events SET body = ? WHERE seq = ?", (body, seq))
-            self._set_mark(_VERIFIED_THROUGH, through)
-        self._verified_through = through
 
     @mended
     def mark(self, name: str) -> float | None:
@@ -301,14 +274,23 @@ class Journal(MendedFile):
     def set_mark(self, name: str, value: float) -> None:
         """Puts down a number that must be known after a restart."""
         with self._transaction():
-            self._set_mark(name, value)
+            self._db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, value))
 
-    def _set_mark(self, name: str, value: float) -> None:
-        self._db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, value))
+    @mended
+    def note(self, name: str) -> str | None:
+        """What :meth:`set_note` wrote."""
+        row = self._db.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    @mended
+    def set_note(self, name: str, value: str) -> None:
+        """Writes a text that must be known after a restart."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, value))
 
     @mended
     def known(self, jids: Sequence[str]) -> set[tuple[str, str]]:
-        """The (jid, minion) of these jobs that are here already: pending, waiting, or refused by the database.
+        """The (jid, minion) of these jobs that are here already: pending, or refused by the database.
 
         A job's load has the minion ``""``.
         """
@@ -319,9 +301,8 @@ class Journal(MendedFile):
             known.update(
                 self._db.execute(
                     f"SELECT jid, minion FROM events WHERE jid IN ({marks}) UNION "
-                    f"SELECT jid, minion FROM waiting WHERE jid IN ({marks}) UNION "
                     f"SELECT jid, minion FROM dead_letters WHERE reason <> 'unconfirmed' AND jid IN ({marks})",
-                    [*chunk, *chunk, *chunk],
+                    [*chunk, *chunk],
                 )
             )
         return known
@@ -343,7 +324,7 @@ class Journal(MendedFile):
 
     @mended
     def retry_dead_letters(self, seq: int | None, *, trusted: bool) -> int:
-        """Makes one dead letter, or all, pending again; ``trusted``: without the job cache's confirmation."""
+        """Makes one dead letter, or all, pending again in the state that each had; ``trusted``: as confirmed."""
         with self._transaction():
             again = letters.revive(self._db, seq, trusted=trusted)
         self.pending += again
@@ -409,11 +390,10 @@ class Journal(MendedFile):
     def books(self) -> dict[str, Any]:
         """``captured = written + duplicates + pending + dead_letters + ignored{reason} + dropped{reason}``.
 
-        Beside that, ``waiting`` are those of the pending that wait for the job cache, ``trimmed`` those of
-        the written that hold a value which Salt had trimmed.
+        ``trimmed`` are those of the written that hold a value which Salt had trimmed.
         """
         with self._snapshot():  # others append meanwhile
-            counters, dead_letters, waiting = self._counters(), self._rows("dead_letters"), self._rows("waiting")
+            counters, dead_letters = self._counters(), self._rows("dead_letters")
             self.pending = self._pending()
         return {
             "captured": counters["captured"],
@@ -423,7 +403,6 @@ class Journal(MendedFile):
             "dead_letters": dead_letters,
             "ignored": _by_reason(counters, "ignored."),
             "dropped": _by_reason(counters, "dropped."),
-            "waiting": waiting,
             "trimmed": counters["trimmed"],
         }
 
@@ -488,9 +467,6 @@ class Journal(MendedFile):
         uuids = self._db.execute("SELECT uuid FROM identity").fetchall()
         salvage.require(len(uuids) == 1 and type(uuids[0][0]) is bytes and len(uuids[0][0]) == 8, "identity")
         ((self._uuid,),) = uuids
-        row = self._db.execute("SELECT value FROM marks WHERE name = ?", (_VERIFIED_THROUGH,)).fetchone()
-        salvage.require(row is None or type(row[0]) is float, "marks")
-        self._verified_through = 0 if row is None else int(row[0])
         with self._snapshot():
             self.pending = self._pending()
         salvage.require(self.pending >= 0, "counters")
@@ -509,6 +485,13 @@ class Journal(MendedFile):
         counters = dict(self._db.execute("SELECT name, value FROM counters"))
         salvage.require(all(type(n) is str and type(v) is int for n, v in counters.items()), "counters")
         return collections.Counter(counters)
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    seq, captured_at, body, state = row
+    if type(body) is not bytes or type(captured_at) is not float or type(state) is not int:
+        salvage.require(False, f"event {seq}")  # in here, for the text takes as long as the check
+    return Entry(seq, captured_at, body, state)
 
 
 def _by_reason(counters: Mapping[str, int], prefix: str) -> dict[str, int]:

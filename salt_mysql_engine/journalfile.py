@@ -26,8 +26,12 @@ from .errors import JournalError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 _APPLICATION_ID = 0x53414C54  # "SALT"
+
+UNCHECKED, CONFIRMED, STUB = 0, 1, 2
+"""The states of an event: as it came from the bus; needs no look into the job cache (any more); names what the job
+cache holds, from which its payload is still to be made."""
 
 _TABLES = """
 CREATE TABLE events (
@@ -35,32 +39,25 @@ CREATE TABLE events (
     captured_at REAL NOT NULL,
     jid TEXT NOT NULL,
     minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    trusted INTEGER NOT NULL DEFAULT 0
+    state INTEGER NOT NULL DEFAULT 0,
+    body BLOB NOT NULL
 );
 CREATE INDEX events_by_job ON events (jid, minion);
-CREATE TABLE waiting (
-    seq INTEGER PRIMARY KEY,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    since REAL NOT NULL
-);
-CREATE INDEX waiting_by_job ON waiting (jid, minion);
 CREATE TABLE dead_letters (
     seq INTEGER PRIMARY KEY,
     captured_at REAL NOT NULL,
     jid TEXT NOT NULL,
     minion TEXT NOT NULL,
-    body BLOB NOT NULL,
     error TEXT NOT NULL,
     failed_at REAL NOT NULL,
-    reason TEXT NOT NULL DEFAULT 'refused'
+    reason TEXT NOT NULL DEFAULT 'refused',
+    state INTEGER NOT NULL DEFAULT 0,
+    body BLOB NOT NULL
 );
 CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE identity (uuid BLOB NOT NULL)
 """
 
@@ -81,6 +78,16 @@ ALTER TABLE dead_letters ADD COLUMN reason TEXT NOT NULL DEFAULT 'refused';
 CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
 CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID
 """,
+    # The mark `verified_through` covers events that nobody looked at: all of them are looked at again.
+    2: """
+ALTER TABLE events RENAME COLUMN trusted TO state;
+INSERT INTO events (seq, captured_at, jid, minion, body, state)
+    SELECT seq, captured_at, jid, minion, body, 0 FROM waiting;
+DROP TABLE waiting;
+ALTER TABLE dead_letters ADD COLUMN state INTEGER NOT NULL DEFAULT 0;
+DELETE FROM marks WHERE name = 'verified_through';
+CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
+""",
 }
 """From each older format to the next. Written out: an upgrade must not change when the tables above do."""
 
@@ -98,16 +105,13 @@ _APPEND_BYTES = 64 * 1024
 
 
 class NewEvent(NamedTuple):
-    """An event on its way in: when it was captured (seconds since the epoch), whose, and its bytes.
-
-    ``trusted``: it does not come from the bus, and needs no confirmation by the job cache.
-    """
+    """An event on its way in: when it was captured (seconds since the epoch), whose, its bytes, and its state."""
 
     captured_at: float
     jid: str
     minion: str
     body: bytes
-    trusted: bool = False
+    state: int = UNCHECKED
 
 
 def folder(cachedir: str) -> Path:
@@ -322,7 +326,7 @@ def add(db: sqlite3.Connection, path: Path) -> None:
     db.execute("ATTACH ? AS other", (str(path),))
     with db:
         db.execute("BEGIN IMMEDIATE")
-        columns = "captured_at, jid, minion, body, trusted"
+        columns = "captured_at, jid, minion, body, state"
         db.execute(f"INSERT INTO events ({columns}) SELECT {columns} FROM other.events ORDER BY seq")
         count(db, dict(db.execute("SELECT name, value FROM other.counters")))
     db.execute("DETACH other")
@@ -340,9 +344,7 @@ def count(db: sqlite3.Connection, counts: Mapping[str, int]) -> None:
 
 @functools.cache
 def _insert(rows: int) -> str:
-    return "INSERT INTO events (captured_at, jid, minion, body, trusted) VALUES " + ", ".join(
-        ["(?, ?, ?, ?, ?)"] * rows
-    )
+    return "INSERT INTO events (captured_at, jid, minion, body, state) VALUES " + ", ".join(["(?, ?, ?, ?, ?)"] * rows)
 
 
 def _run(db: sqlite3.Connection, statements: str) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import salvage
+from .journalfile import CONFIRMED
 
 
 class DeadLetter(NamedTuple):
     """An event that became no row; times in seconds since the epoch.
 
     ``reason``: ``refused`` by the database, ``unconfirmed`` by the master's job cache, or the ``fault`` of who made
-    the row.
+    the row. ``state``: the one that it had, and has again when it is retried.
     """
 
     seq: int
@@ -24,39 +25,50 @@ class DeadLetter(NamedTuple):
     minion: str
     reason: str
     error: str
+    state: int
     body: bytes
 
 
-def bury(db: sqlite3.Connection, table: str, seq: int, reason: str, error: str) -> int:
-    """Moves an event of a table here; 0 when it is not there (any more)."""
+def bury(db: sqlite3.Connection, seq: int, reason: str, error: str) -> int:
+    """Moves an event here; 0 when it is not there (any more)."""
     buried = db.execute(
-        "INSERT INTO dead_letters (seq, captured_at, jid, minion, body, error, failed_at, reason) "
-        f"SELECT seq, captured_at, jid, minion, body, ?, ?, ? FROM {table} WHERE seq = ?",
+        "INSERT INTO dead_letters (seq, captured_at, jid, minion, body, state, error, failed_at, reason) "
+        "SELECT seq, captured_at, jid, minion, body, state, ?, ?, ? FROM events WHERE seq = ?",
         (error, time.time(), reason, seq),
     ).rowcount
-    db.execute(f"DELETE FROM {table} WHERE seq = ?", (seq,))
+    db.execute("DELETE FROM events WHERE seq = ?", (seq,))
     return buried
 
 
 def trim(db: sqlite3.Connection, *, most: int, max_bytes: int) -> int:
-    """Drops those that died first, above ``most`` of them or ``max_bytes`` of events; gives how many."""
+    """Drops those that died first, above ``most`` of each reason, or of the reason that takes most room above
+    ``max_bytes`` of events; gives how many. So a flood of one kind pushes out none of another."""
     dropped = 0
     while True:
-        count, size = db.execute("SELECT COUNT(*), SUM(LENGTH(body)) FROM dead_letters").fetchone()
-        over = max(count - most, 1 if size and size > max_bytes else 0)
-        if over <= 0:
+        by_reason: dict[str, tuple[int, int]] = {
+            reason: (count, size)
+            for reason, count, size in db.execute(
+                "SELECT reason, COUNT(*), SUM(LENGTH(body)) FROM dead_letters GROUP BY reason"
+            )
+        }
+        over = {reason: count - most for reason, (count, _) in by_reason.items() if count > most}
+        if not over and sum(size for _, size in by_reason.values()) > max_bytes:
+            over = {max(by_reason, key=lambda reason: by_reason[reason][1]): 1}
+        if not over:
             return dropped
-        dropped += db.execute(
-            "DELETE FROM dead_letters WHERE seq IN (SELECT seq FROM dead_letters ORDER BY failed_at, seq LIMIT ?)",
-            (over,),
-        ).rowcount
+        for reason, number in over.items():
+            dropped += db.execute(
+                "DELETE FROM dead_letters WHERE seq IN "
+                "(SELECT seq FROM dead_letters WHERE reason = ? ORDER BY failed_at, seq LIMIT ?)",
+                (reason, number),
+            ).rowcount
 
 
 def read(db: sqlite3.Connection, *, after: int, seq: int | None, limit: int, newest: bool) -> list[DeadLetter]:
     """By ``seq``: the first above ``after``, the ``newest``, or the one of ``seq``."""
     where, value = ("seq > ?", after) if seq is None else ("seq = ?", seq)
     rows = db.execute(
-        "SELECT seq, captured_at, failed_at, jid, minion, reason, error, body FROM dead_letters "
+        "SELECT seq, captured_at, failed_at, jid, minion, reason, error, state, body FROM dead_letters "
         f"WHERE {where} ORDER BY seq {'DESC' if newest else 'ASC'} LIMIT ?",
         (value, limit),
     ).fetchall()
@@ -65,7 +77,7 @@ def read(db: sqlite3.Connection, *, after: int, seq: int | None, limit: int, new
         times = (letter.captured_at, letter.failed_at)
         texts = (letter.jid, letter.minion, letter.reason, letter.error)
         sound = type(letter.body) is bytes and {*map(type, times)} == {float} and {*map(type, texts)} == {str}
-        salvage.require(sound, f"dead letter {letter.seq}")
+        salvage.require(sound and type(letter.state) is int, f"dead letter {letter.seq}")
     return letters
 
 
@@ -76,12 +88,14 @@ def delete(db: sqlite3.Connection, seq: int | None) -> int:
 
 
 def revive(db: sqlite3.Connection, seq: int | None, *, trusted: bool) -> int:
-    """Makes one, or all, events again; ``trusted``: that need no confirmation. Gives how many."""
+    """Makes one, or all, events again, each in the state that it had; ``trusted``: that need no confirmation. Gives
+    how many."""
     where, values = _which(seq)
     again = db.execute(
-        "INSERT INTO events (captured_at, jid, minion, body, trusted) "
-        f"SELECT captured_at, jid, minion, body, ? FROM dead_letters{where} ORDER BY seq",
-        (trusted, *values),
+        "INSERT INTO events (captured_at, jid, minion, body, state) "
+        f"SELECT captured_at, jid, minion, body, {CONFIRMED if trusted else 'state'} FROM dead_letters{where} "
+        "ORDER BY seq",
+        values,
     ).rowcount
     db.execute(f"DELETE FROM dead_letters{where}", values)
     return again

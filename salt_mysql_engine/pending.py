@@ -29,7 +29,7 @@ _LOCK_SECONDS = 0.5
 _SAY_AGAIN_SECONDS = 60.0
 
 _Row = tuple[int, float, bytes, int]
-"""``seq``, when it was captured, the event's bytes, whether it is trusted."""
+"""``seq``, when it was captured, the event's bytes, its state."""
 
 _said: dict[str, float] = {}
 
@@ -73,22 +73,20 @@ class Pending:
                 if version != journalfile.FORMAT:
                     log.debug("The journal %s is of another format (%s), and is not read", self._path, version)
                     return {}
-                rows = db.execute(f"SELECT seq, captured_at, body, trusted FROM events {which}", (value,)).fetchall()
+                rows = db.execute(f"SELECT seq, captured_at, body, state FROM events {which}", (value,)).fetchall()
                 if not rows:
                     return {}
-                mark = db.execute("SELECT value FROM marks WHERE name = 'verified_through'").fetchone()
-                verified_through = float(mark[0]) if mark else 0.0
         except (sqlite3.Error, OSError, ValueError, TypeError) as exc:  # the last two: a file that holds nonsense
             warn(f"What waits for MySQL in {self._path} cannot be read: {exc}")
             return {}
         if len(rows) == value:
             warn(f"More than {MOST_EVENTS:,} events wait for MySQL in {self._path}; the newest of them are shown")
-        return self._jobs(sorted(rows), verified_through)
+        return self._jobs(sorted(rows))
 
-    def _jobs(self, rows: Iterable[_Row], verified_through: float) -> dict[str, PendingJob]:
+    def _jobs(self, rows: Iterable[_Row]) -> dict[str, PendingJob]:
         """By the rules of the writer: loads of one job add up, the first return stands unless a whole one comes."""
         jobs: dict[str, PendingJob] = {}
-        for record in self._records(rows, verified_through):
+        for record in self._records(rows):
             load, ret = record.load, record.ret
             if load is not None:
                 known = jobs.get(load.jid, PendingJob({}, {}))
@@ -99,12 +97,12 @@ class Pending:
                     returns[ret.id] = ret
         return jobs
 
-    def _records(self, rows: Iterable[_Row], verified_through: float) -> list[Record]:
+    def _records(self, rows: Iterable[_Row]) -> list[Record]:
         options, _ = settings.parse(settings.of_master(self._opts))
         peers = self._opts.get("cluster_peers") or [] if self._opts.get("cluster_id") else None
         selection = Selection(settings.combine(options, {}), master_id=str(self._opts["id"]), peers=peers)
         found = []
-        for captured_at, event in self._trustworthy(rows, verified_through, selection):
+        for captured_at, event in self._trustworthy(rows, selection):
             try:
                 record = records.interpret(event, captured_at, selection)
             except Exception:  # whatever is in it, the next event must be looked at
@@ -114,25 +112,24 @@ class Pending:
                 found.append(record)
         return found
 
-    def _trustworthy(
-        self, rows: Iterable[_Row], verified_through: float, selection: Selection
-    ) -> list[tuple[float, Opened]]:
+    def _trustworthy(self, rows: Iterable[_Row], selection: Selection) -> list[tuple[float, Opened]]:
         """The events that will become rows, with what the job cache says of those that nobody confirmed yet."""
         all_trusted = not JobCache.is_kept(self._opts)
         events: list[tuple[float, Opened | None]] = []
         unsure: dict[int, Opened] = {}
-        for seq, captured_at, body, trusted in rows:
+        for _, captured_at, body, state in rows:
             event = records.open_event(body) if isinstance(body, bytes) else None
-            if not isinstance(event, Opened) or records.refusal(event.job, event.data, selection) is not None:
+            if not isinstance(event, Opened):
                 continue
-            if not (trusted or all_trusted or seq <= verified_through):
+            if state != journalfile.STUB and records.refusal(event.job, event.data, selection) is not None:
+                continue
+            if state != journalfile.CONFIRMED and not (all_trusted and state != journalfile.STUB):
                 unsure[len(events)] = event
             events.append((captured_at, event))
         if unsure:
-            payloads = JobCache(self._opts).confirm(unsure.values(), patience=0.0)
-            for (number, event), payload in zip(unsure.items(), payloads, strict=True):
-                said = records.with_payload(event, payload) if isinstance(payload, dict) else None
-                events[number] = events[number][0], said
+            answers = JobCache(self._opts).confirm(unsure.values(), patience=0.0)
+            for number, answer in zip(unsure, answers, strict=True):
+                events[number] = events[number][0], answer if isinstance(answer, Opened) else None
         return [(captured_at, event) for captured_at, event in events if event is not None]
 
 

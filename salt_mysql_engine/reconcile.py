@@ -5,13 +5,17 @@ follows every start and every gap on the bus, and comes round on a timer; it loo
 folder changed since the last complete pass began, newest first. A pass that an operator asks for looks
 at everything, or at everything since a moment.
 
-What is in the journal already is left alone, and so is what the settings do not want. A pass needs the
-database; while that is away it waits, unless the job cache is about to forget what nobody compared: then
-everything in it that the journal does not hold is journalled, and what turns out to be there already is counted
-as duplicates.
+What is journalled says which job and minion, and when it was stored; the payload is made from the cache by whoever
+verifies events (``verify.py``), as for an event of the bus. What is in the journal already is left alone, and so is
+what the settings do not want. A pass needs the database; while that is away it waits, unless the job cache is about to
+forget what nobody compared: then everything in it that the journal does not hold is journalled, and what turns out to
+be there already is counted as duplicates.
 
-Steps are small, in a thread of their own, and wait while the journal has more to ship than a few batches. Memory
-holds one round of folder names at a time, however large the cache is.
+Steps are small in jobs and in bytes, in a thread of their own, and wait while the journal has more to ship than a few
+batches. Memory holds one round of folder names and one job's load at a time, however large the cache is.
+
+The moment of the last pass is the wall clock's, as the times of files are. One that lies in the future stands for no
+pass at all, and a clock that was set back since widens the next pass by as much.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from .database import Database, Session
 from .errors import DatabaseError
 from .jobcache import Folder, Job, JobCache
 from .journal import Journal
-from .journalfile import NewEvent
+from .journalfile import STUB, NewEvent
 from .records import Selection
 from .waits import is_set_within
 
@@ -42,6 +46,7 @@ _OVERLAP_SECONDS = 120.0
 _ROUND_FOLDERS = 20_000
 _STEP_JOBS, _STEP_RETURNS = 50, 1000
 _STEP_BYTES = 8 * 1024 * 1024
+_APPEND_EVENTS = 500
 _MAX_PENDING = 5_000
 _RETRY_FIRST, _RETRY_MAX = 5.0, 60.0  # seconds
 _MARK = "reconciled_at"
@@ -116,7 +121,8 @@ class Reconciler:
         self._in_cache = in_cache
         self._database = database
         self._blind_after = keep_seconds / 2
-        self._born = time.time()
+        self._clocks = time.time(), time.monotonic()
+        """Of the last complete pass, or of the start."""
         self._on_append = on_append
         self._asked: dict[str, float | None] = {"start": None}
         self._news = asyncio.Event()
@@ -158,16 +164,19 @@ class Reconciler:
         reason = ", ".join(asked)
         delay = _RETRY_FIRST
         while True:
-            began = time.time()
+            began, began_monotonic = time.time(), time.monotonic()
             self.now = Pass(reason, 0.0, began, error="" if self.now is None else self.now.error)
             try:
                 mark = await self._in_journal(self._journal.mark, _MARK)
-                usual = 0.0 if mark is None else mark - _OVERLAP_SECONDS
+                usual = 0.0 if mark is None or mark > began else max(0.0, mark - _OVERLAP_SECONDS - self._set_back())
                 since = min(usual if given is None else given for given in asked.values())
                 self.now = self.now._replace(since=since)
-                await self._compare_all(since, blind=began - (mark or self._born) > self._blind_after)
+                # By the mark too, since the engine may have been restarted in between.
+                last = max(time.monotonic() - self._clocks[1], began - mark if mark is not None else 0.0)
+                await self._compare_all(since, blind=last > self._blind_after)
                 if since <= usual:
                     await self._in_journal(self._journal.set_mark, _MARK, began)
+                    self._clocks = began, began_monotonic
                 break
             except (DatabaseError, sqlite3.Error) as exc:
                 log.debug("Reconciling is put off: %s", exc)
@@ -189,6 +198,11 @@ class Reconciler:
                 "The job cache had %d jobs and %d returns that the database did not; they are journalled now (%s)",
                 self.last.loads_added, self.last.returns_added, reason,
             )  # fmt: skip
+
+    def _set_back(self) -> float:
+        """By how many seconds the wall clock was set back since the last complete pass."""
+        wall, monotonic = self._clocks
+        return max(0.0, (time.monotonic() - monotonic) - (time.time() - wall))
 
     async def _compare_all(self, since: float, *, blind: bool) -> None:
         session: Session | None = None
@@ -233,7 +247,9 @@ class Reconciler:
         for folder in folders:
             try:
                 job = self._cache.job(folder)
-                if job is not None and self._wants(job):
+                if job is not None and job.fun is None and job.returned:
+                    self._note(unreadable=1)
+                elif job is not None and self._wants(job):
                     found.append(_Found(job, sorted(job.returned)))
             except Exception:  # whatever strangers made the master store, the next job must be looked at
                 log.exception("The job cache's folder %s cannot be used", folder.name)
@@ -243,31 +259,41 @@ class Reconciler:
     def _wants(self, job: Job) -> bool:
         if self.retention_days and job.jid < moments.jid_at(time.time() - self.retention_days * 86_400):
             return False
-        fun = job.load.get("fun", "")
-        return not records.is_function(fun) or not self.selection.skips(fun)
+        return records.is_function(job.fun) and not self.selection.skips(job.fun)
+
+    def _wants_return(self, job: Job, minion: str) -> bool:
+        kind = records.master_kind(job.fun) if minion == self.selection.master_id else None
+        return kind is None or self.selection.wants_job(records.Tag(kind, job.jid, ""))
 
     async def _compare(self, session: Session | None, some: list[_Found]) -> None:
         jids = [found.job.jid for found in some]
         known: set[tuple[str, str]] = await self._in_journal(self._journal.known, jids)
-        loads: dict[str, Any] = {}
+        publishes = [found.job for found in some if found.publish and found.job.is_publish]
+        publishes = [job for job in publishes if (job.jid, "") not in known]
+        stored_sizes: dict[str, int] = {}
         if session is not None:
             keys = [(found.job.jid, minion) for found in some for minion in found.minions]
             for statement in sql.select_returned(keys):
                 known.update(await session.query(statement))
-            if of_publishes := [found.job.jid for found in some if found.publish]:
-                loads = dict(await session.query(sql.select_stored_loads(of_publishes)))
+            if publishes:
+                stored_sizes = dict(await session.query(sql.select_load_sizes(job.jid for job in publishes)))
             await session.rollback()
-        events = await self._in_cache(self._missing, some, known, loads)
-        while events:
+        for portion in _by_size(publishes, stored_sizes):
+            loads: dict[str, str] = {}
+            if session is not None and any(job.jid in stored_sizes for job in portion):
+                loads = dict(await session.query(sql.select_stored_loads(job.jid for job in portion)))
+                await session.rollback()
+            await self._journal_all(session, await self._in_cache(self._missing_publishes, portion, loads))
+        await self._journal_all(session, await self._in_cache(self._missing_returns, some, known))
+
+    async def _journal_all(self, session: Session | None, events: list[NewEvent]) -> None:
+        for start in range(0, len(events), _APPEND_EVENTS):
+            some = events[start : start + _APPEND_EVENTS]
             await self._make_room(session)
-            portion, size = [], 0
-            while events and size < _STEP_BYTES:
-                portion.append(event := events.pop())
-                size += len(event.body)
-            taken = await self._in_journal(self._journal.append, portion)
-            self._on_append(taken, size)
-            returns = sum(bool(event.minion) for event in portion)
-            self._note(returns_added=returns, loads_added=len(portion) - returns)
+            taken = await self._in_journal(self._journal.append, some)
+            self._on_append(taken, sum(len(event.body) for event in some))
+            returns = sum(bool(event.minion) for event in some)
+            self._note(returns_added=returns, loads_added=len(some) - returns)
 
     async def _make_room(self, session: Session | None) -> None:
         """Waits while the writer has enough to do; and while the journal is full, since nothing of ours is urgent."""
@@ -275,48 +301,45 @@ class Reconciler:
         while self._journal.full or (may_wait and self._journal.pending > _MAX_PENDING):  # noqa: ASYNC110 (a thread's)
             await asyncio.sleep(0.2)
 
-    def _missing(self, some: list[_Found], known: set[tuple[str, str]], loads: dict[str, str]) -> list[NewEvent]:
-        """The events of what nobody has, the newest first."""
+    def _missing_publishes(self, jobs: list[Job], loads: dict[str, str]) -> list[NewEvent]:
+        """The publishes that say more than the stored loads."""
         events: list[NewEvent] = []
-        for found in some:
+        for job in jobs:
             try:
-                events += self._missing_of(found, known, loads)
-            except Exception:  # as above
-                log.exception("What the job cache holds for jid %s cannot be used", found.job.jid)
+                if not self._is_being_written(job, "") and _says_more(self._cache.publish(job.jid), loads.get(job.jid)):
+                    now = time.time()
+                    events.append(NewEvent(now, job.jid, "", records.stub(job.jid, "", now), STUB))
+            except Exception:  # whatever strangers made the master store, the next job must be looked at
+                log.exception("The publish of jid %s in the job cache cannot be used", job.jid)
                 self._note(unreadable=1)
-        events.reverse()
         return events
 
-    def _missing_of(self, found: _Found, known: set[tuple[str, str]], loads: dict[str, str]) -> Iterator[NewEvent]:
-        job, minions, publish = found
-        new = None
-        if publish and (job.jid, "") not in known and not self._is_being_written(job, ""):
-            new = self._cache.new_event(job)
-        if new is not None and self._becomes_row(new) and _says_more(new, loads.get(job.jid)):
-            yield NewEvent(time.time(), job.jid, "", new, trusted=True)
-        for minion in minions:
-            if (job.jid, minion) in known or self._is_being_written(job, minion):
-                continue
-            body = self._cache.return_event(job, minion)
-            if body is None:
-                self._note(unreadable=1)
-            elif self._becomes_row(body):
-                yield NewEvent(time.time(), job.jid, minion, body, trusted=True)
+    def _missing_returns(self, some: list[_Found], known: set[tuple[str, str]]) -> list[NewEvent]:
+        """The returns that nobody has."""
+        events: list[NewEvent] = []
+        for job, minions, _ in some:
+            for minion in minions:
+                if (job.jid, minion) in known or not self._wants_return(job, minion):
+                    continue
+                try:
+                    if self._is_being_written(job, minion):
+                        continue
+                    stored_at = self._cache.stored_at(job.jid, minion)
+                except OSError as exc:
+                    log.error("The return of %r for jid %s cannot be looked for: %s", minion, job.jid, exc)
+                    stored_at = None
+                if stored_at is None:
+                    self._note(unreadable=1)
+                else:
+                    body = records.stub(job.jid, minion, stored_at)
+                    events.append(NewEvent(time.time(), job.jid, minion, body, STUB))
+        return events
 
     def _is_being_written(self, job: Job, minion: str) -> bool:
         """Whether it is too early to look: the bus has likely brought it when the next pass comes round."""
         is_it = self._cache.is_being_written(job, minion, patience=SETTLE_SECONDS)
         self._some_being_written |= is_it
         return is_it
-
-    def _becomes_row(self, body: bytes) -> bool:
-        """Whether the writer would make a row of it: else it would be found missing again and again."""
-        event = records.open_event(body)
-        return (
-            isinstance(event, records.Opened)
-            and not self.selection.is_of_peer(event.data)
-            and records.refusal(event.job, event.data, self.selection) is None
-        )
 
     def _note(self, *, total_jobs: int | None = None, **more: int) -> None:
         assert self.now is not None
@@ -342,18 +365,30 @@ def _portions(found: list[_Found]) -> Iterator[list[_Found]]:
         yield portion
 
 
-def _says_more(new: bytes, stored: str | None) -> bool:
-    """Whether a job's publish holds what the stored load does not."""
-    if stored is None:
-        return True
-    event = records.open_event(new)
-    assert isinstance(event, records.Opened)
+def _by_size(jobs: list[Job], sizes: dict[str, int]) -> Iterator[list[Job]]:
+    """Jobs whose stored loads are 8 MiB together, or one that is larger."""
+    portion: list[Job] = []
+    size = 0
+    for job in jobs:
+        if portion and size + sizes.get(job.jid, 0) > _STEP_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(job)
+        size += sizes.get(job.jid, 0)
+    if portion:
+        yield portion
+
+
+def _says_more(publish: dict[str, Any] | None, stored: str | None) -> bool:
+    """Whether a job's publish is a row, and holds what the stored load does not."""
+    published = None if publish is None else records.published_load(publish)
+    if published is None or stored is None:
+        return published is not None
     try:
         load = json.loads(stored)
     except (ValueError, RecursionError):  # someone else's row
         return False
-    published = records.published_load(event.data)
-    return published is not None and jsontext.dumps(records.merged_load(load, published)) != stored
+    return jsontext.dumps(records.merged_load(load, published)) != stored
 
 
 def _moment(seconds: float) -> str:

@@ -69,6 +69,7 @@ class Ignored(str, enum.Enum):
     SWITCHED_OFF = "switched_off"
     TOO_LONG = "too_long"
     NEVER_RAN = "never_ran"
+    FORGOTTEN = "forgotten"
 
 
 class Kind(enum.Enum):
@@ -264,9 +265,9 @@ def open_event(body: bytes) -> Opened | Ignored:
     return Opened(tag, parse_tag(tag), data, _TRIMMED_BYTES in payload and is_trimmed(data.get("return")))
 
 
-def with_payload(event: Opened, data: dict[str, Any]) -> Opened:
-    """The event with another payload."""
-    return event._replace(data=data, trimmed=is_trimmed(data.get("return")))
+def opened(tag: str, data: dict[str, Any]) -> Opened:
+    """An event that was made here, of a value that nobody trimmed."""
+    return Opened(tag, parse_tag(tag), data, trimmed=False)
 
 
 def try_pack(tag: str, data: Mapping[str, Any]) -> bytes | None:
@@ -278,23 +279,76 @@ def try_pack(tag: str, data: Mapping[str, Any]) -> bytes | None:
         return None
 
 
-def publish_event(jid: str, load: Mapping[str, Any], minions: list[str]) -> bytes | None:
-    """The event of a job's publish, from the load that the master stores of it; ``None`` where that is no publish's."""
-    if not load.keys() >= {"tgt", "fun"} or "return" in load:
-        return None
-    load = without_secrets(load)
-    data: dict[str, Any] = {
+def is_publish(load: Mapping[str, Any]) -> bool:
+    """Whether a load that the master stored is a publish's, and not made of a return."""
+    return load.keys() >= {"tgt", "fun"} and "return" not in load
+
+
+def publish_data(jid: str, load: Mapping[str, Any], minions: list[str]) -> dict[str, Any]:
+    """The payload of a job's publish, from the load that the master stored of it and whom it was for.
+
+    The parts of a batch job (3008) share a jid; the stored load is one part's, and a list target names its minions.
+    """
+    tgt = load["tgt"]
+    missing: list[str] = []
+    if load.get("tgt_type") == "list":
+        aimed_at = tgt.split(",") if isinstance(tgt, str) else tgt if _is_texts(tgt) else []
+        missing = [name for name in aimed_at if name not in set(minions)]
+        if isinstance(tgt, list):
+            tgt = tgt + [name for name in minions if name not in tgt]
+    return {
         "jid": jid,
         "tgt_type": load.get("tgt_type", "glob"),
-        "tgt": load["tgt"],
+        "tgt": tgt,
         "user": load.get("user", ""),
         "fun": load["fun"],
         "arg": load.get("arg", []),
         "minions": minions,
-        "missing": [],
+        "missing": missing,
         **{key: load[key] for key in ("kwargs", "ret") if key in load},
     }
-    return try_pack(f"salt/job/{jid}/new", data)
+
+
+def publish_event(jid: str, load: Mapping[str, Any], minions: list[str]) -> bytes | None:
+    """The event of a job's publish, from the load that the master stores of it; ``None`` where that is no publish's."""
+    if not is_publish(load):
+        return None
+    return try_pack(f"salt/job/{jid}/new", publish_data(jid, without_secrets(load), minions))
+
+
+def return_data(jid: str, minion: str, cached: Mapping[str, Any], load: Mapping[str, Any]) -> dict[str, Any]:
+    """The payload of a minion's return, in the order of Salt's own (``_return_pub``, salt/minion.py 3006-3008).
+
+    Args:
+        cached: ``return`` and, where the minion said them, ``retcode``, ``success`` and ``out``.
+        load: the job's, as the master stored it. That of a salt-call or a schedule is the return itself.
+    """
+    if "return" in load and load.get("id") == minion:
+        return {**load, **cached, "jid": jid}
+    data: dict[str, Any] = {
+        "cmd": "_return",
+        "id": minion,
+        **{key: cached[key] for key in ("success", "return", "retcode") if key in cached},
+        "jid": jid,
+        "fun": load.get("fun", ""),
+        "fun_args": load.get("arg", load.get("fun_args", [])),
+        **{key: load[key] for key in ("user",) if key in load},
+    }
+    kwargs = load.get("kwargs")
+    if isinstance(kwargs, dict) and "metadata" in kwargs:
+        data["metadata"] = kwargs["metadata"]
+    if "out" in cached:
+        data["out"] = cached["out"]
+    return data
+
+
+def stub(jid: str, minion: str, stored_at: float) -> bytes:
+    """The event of what the job cache holds of a minion's return, or (``""``) of a job's publish: who, and when."""
+    tag = f"salt/job/{jid}/ret/{minion}" if minion else f"salt/job/{jid}/new"
+    data = {"jid": jid, "_stamp": utc(stored_at).isoformat()}
+    packed = try_pack(tag, {**data, "id": minion} if minion else data)
+    assert packed is not None
+    return packed
 
 
 def minions_event(jid: str, minions: list[str]) -> bytes | None:
@@ -309,9 +363,17 @@ def chosen_event(body: bytes) -> bytes:
 
 def master_return_kind(value: Any, jid: str) -> str | None:
     """``run`` or ``wheel``, when a return of the master's own is the payload of a runner's or wheel's event."""
-    if not isinstance(value, dict) or value.get("jid") != jid or not isinstance(value.get("fun"), str):
+    if not isinstance(value, dict) or value.get("jid") != jid:
         return None
-    return {"runner": "run", "wheel": "wheel"}.get(value["fun"].partition(".")[0])
+    kind = master_kind(value.get("fun"))
+    return None if kind is None else "run" if kind is Kind.RUNNER_RETURN else "wheel"
+
+
+def master_kind(fun: Any) -> Kind | None:
+    """The kind of the return of a function that only the master itself does; ``None`` for any other."""
+    if not isinstance(fun, str):
+        return None
+    return {"runner": Kind.RUNNER_RETURN, "wheel": Kind.WHEEL_RETURN}.get(fun.partition(".")[0])
 
 
 def describe(body: bytes) -> dict[str, Any]:
@@ -346,6 +408,11 @@ def is_trimmed(value: Any) -> bool:
 def may_be_trimmed(body: bytes) -> bool:
     """Whether an event's bytes may hold a value that Salt replaced: a look without unpacking."""
     return _TRIMMED_BYTES in body
+
+
+def is_stamp(value: Any) -> bool:
+    """Whether a value is a time as the master puts it on an event."""
+    return isinstance(value, str) and _STAMP.fullmatch(value) is not None
 
 
 def is_jid(text: Any) -> bool:
@@ -592,6 +659,8 @@ def merged_load(stored: Any, new: dict[str, Any]) -> dict[str, Any]:
         return new
     if is_minions_alone(new):
         return {**stored, "Minions": _union(stored.get("Minions"), new["Minions"])}
+    if not is_published(new):  # the start of a runner, which says no more than its return
+        return stored
     merged = {**new, **stored} if is_published(stored) else dict(new)
     for key in ("Minions", "missing"):
         if isinstance(new.get(key), list):

@@ -24,7 +24,7 @@ _MAX_SEQ = 2**53
 _MAX_SPAN = 5_000_000
 """So many numbers are looked up, at the end, where reading forwards ended early."""
 _TYPES: dict[str, type | tuple[type, ...]] = {
-    "seq": int, "captured_at": float, "jid": str, "minion": str, "body": bytes, "trusted": int, "since": float,
+    "seq": int, "captured_at": float, "jid": str, "minion": str, "body": bytes, "state": int,
     "error": str, "failed_at": float, "reason": str, "name": str, "value": (int, float), "uuid": bytes,
 }  # fmt: skip
 _NEVER_USED = 1_000_000
@@ -75,25 +75,37 @@ def copy(source: Path, into: sqlite3.Connection) -> Report:
     with contextlib.closing(sqlite3.connect(source, isolation_level=None)) as old:
         old.text_factory = lambda text: text.decode(errors="replace")
         old.execute("PRAGMA writable_schema = ON")  # else a file that was cut off is refused as a whole
-        saved = {table: _copy_rows(old, into, table) for table in ("events", "waiting", "dead_letters")}
+        saved = {table: _copy_rows(old, into, table, table) for table in ("events", "dead_letters")}
+        is_format_2 = False
+        with contextlib.suppress(*BROKEN):
+            is_format_2 = bool(old.execute("PRAGMA table_info(waiting)").fetchall())
+        if is_format_2:  # it has some of its events there
+            saved["events"] += _copy_rows(old, into, "waiting", "events")
         _copy_table(old, into, "counters", "name", "value")
         last = _last_number(old)
         if last is not None:  # else numbers will be used again, which nothing of the old file may know
             _copy_table(old, into, "identity", "uuid")
             _copy_table(old, into, "marks", "name", "value")
+            _copy_table(old, into, "notes", "name", "value", text=True)
     highest = [into.execute(f"SELECT COALESCE(MAX(seq), 0) FROM {table}").fetchone()[0] for table in saved]
     into.execute("DELETE FROM sqlite_sequence")
     into.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", (max(last or 0, *highest) + _NEVER_USED,))
-    return Report(saved["events"] + saved["waiting"], saved["dead_letters"], _balance(into, sum(saved.values())))
+    return Report(saved["events"], saved["dead_letters"], _balance(into, sum(saved.values())))
 
 
-def _copy_table(old: sqlite3.Connection, into: sqlite3.Connection, table: str, *columns: str) -> None:
+def _copy_table(
+    old: sqlite3.Connection, into: sqlite3.Connection, table: str, *columns: str, text: bool = False
+) -> None:
+    def is_sound(row: Sequence[Any]) -> bool:
+        return all(isinstance(value, str) for value in row) if text else _is_sound(columns, row)
+
+    rows: list[Any] = []
     with contextlib.suppress(*BROKEN):
-        rows = [row for row in old.execute(f"SELECT {', '.join(columns)} FROM {table}") if _is_sound(columns, row)]
-        if rows:
-            into.execute(f"DELETE FROM {table}")
-            marks = ", ".join("?" * len(columns))
-            into.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", rows)
+        rows = [row for row in old.execute(f"SELECT {', '.join(columns)} FROM {table}") if is_sound(row)]
+    if rows:
+        into.execute(f"DELETE FROM {table}")
+        marks = ", ".join("?" * len(columns))
+        into.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", rows)
 
 
 def _is_sound(columns: Sequence[str], row: Sequence[Any]) -> bool:
@@ -133,14 +145,18 @@ def _balance(db: sqlite3.Connection, saved: int) -> int | None:
     return lost
 
 
-def _copy_rows(old: sqlite3.Connection, into: sqlite3.Connection, table: str) -> int:
+def _copy_rows(old: sqlite3.Connection, into: sqlite3.Connection, source: str, table: str) -> int:
     columns = [row[1] for row in into.execute(f"PRAGMA table_info({table})")]
-    with contextlib.suppress(*BROKEN):  # one of an older format has fewer
-        have = {row[1] for row in old.execute(f"PRAGMA table_info({table})")}
-        columns = [name for name in columns if name in have] or columns
+    named = list(columns)
+    with contextlib.suppress(*BROKEN):  # one of an older format has fewer, and calls the state otherwise
+        have = {row[1] for row in old.execute(f"PRAGMA table_info({source})")}
+        if have:
+            older = {"state": "trusted"} if "trusted" in have else {}
+            columns = [name for name in columns if older.get(name, name) in have]
+            named = [older.get(name, name) for name in columns]
     names, marks = ", ".join(columns), ", ".join("?" * len(columns))
     saved = 0
-    for row in _readable(old, table, names):
+    for row in _readable(old, source, ", ".join(named)):
         if not _is_sound(columns, row):
             continue
         saved += into.execute(f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({marks})", row).rowcount

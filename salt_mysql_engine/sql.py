@@ -194,5 +194,10 @@ def select_stored_loads(jids: Iterable[str]) -> bytes:
     return f"SELECT `jid`, `load` FROM `jids` WHERE `jid` IN ({_list(jids)})".encode()
 
 
+def select_load_sizes(jids: Iterable[str]) -> bytes:
+    """The bytes of the stored loads of some jids."""
+    return f"SELECT `jid`, LENGTH(`load`) FROM `jids` WHERE `jid` IN ({_list(jids)})".encode()
+
+
 def _list(texts: Iterable[str]) -> str:
     return ", ".join(quote(text) for text in texts)

@@ -4,11 +4,16 @@ Any accepted minion can put another one's return on the bus, in a form that noth
 it into the job cache, which the master writes from its own request channel, a few milliseconds after
 the event. So the writer takes events from here, not from the journal:
 
-* what the cache holds goes on, and what goes on is what the cache holds;
-* what it does not hold (yet) is put aside in the journal, holding nothing else up, and looked for again;
-  after ``verify_wait_seconds`` it becomes a dead letter;
+* what the cache holds goes on, and its payload is what the cache holds, whatever the event said; every rule (which
+  functions are skipped, what is a row) is asked of that payload;
+* what it does not hold (yet) stays in the journal, is passed over, and is looked for again; after
+  ``verify_wait_seconds`` it becomes a dead letter;
 * while events wait for the database they are looked up ahead of the writer, because the cache forgets a job after
-  ``keep_jobs_seconds`` and an outage may last longer. How far that came stands in the journal.
+  ``keep_jobs_seconds`` and an outage may last longer. Each confirmed event is marked so in the journal, with its
+  payload; one that will be no row leaves the journal at once, counted.
+
+What is deferred is known in memory alone: after a restart everything unchecked is looked for anew, and its time
+begins again. Waits are measured by a clock that nobody sets.
 
 With verification off events go on as they are. Then, too, a value that Salt trimmed is looked for in
 the cache, where it may be whole.
@@ -22,26 +27,30 @@ import itertools
 import logging
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 
-from . import jsontext, records
-from .jobcache import JobCache, NoCache
-from .journal import Entry, Journal
+from . import records
+from .jobcache import Answer, JobCache, NotAsked, TooLarge, Unreadable
+from .journal import Entry, Journal, Settlement
+from .journalfile import CONFIRMED, STUB
 from .records import Ignored, Kind, Opened, Selection
-from .unconfirmed import Waiting
 from .waits import is_set_within
 
 log = logging.getLogger(__name__)
 
 _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.02, 0.1
 _LOOK_EVENTS = 1000
-_MAX_WAITING = 100_000
+_LOOK_BYTES = 8 * 1024 * 1024
+_MAX_DEFERRED = 100_000
+_CROWDED_SECONDS = 1.0
+"""For so long one waits when so many wait that nothing more is read."""
 _AHEAD_SECONDS = 2.0
 _AHEAD_AGE_SECONDS = 5.0
 _AHEAD_ROWS, _AHEAD_BYTES = 500, 8 * 1024 * 1024
 _LOG_LINES, _LOG_SECONDS = 20, 60.0
 _KINDS_WITH_VALUES = (Kind.JOB_RETURN, Kind.RUNNER_RETURN, Kind.WHEEL_RETURN)
+_VALUES = ("return", "retcode", "success", "out", "fun", "fun_args", "user")
 
 InThread = Callable[..., Awaitable[Any]]
 
@@ -52,6 +61,28 @@ class Checked(NamedTuple):
     entry: Entry
     event: Opened | Ignored
     error: str = ""
+
+
+class Deferred(NamedTuple):
+    """An event that the job cache does not hold yet; ``since`` on the monotonic clock."""
+
+    seq: int
+    jid: str
+    minion: str
+    since: float
+
+
+class _Look(NamedTuple):
+    """What a look into the job cache found out about some entries.
+
+    ``going_on`` keeps their order. ``absent`` are those that it does not hold (yet), ``unknown`` those of which it
+    cannot be asked now, ``left_over`` those of which it was not asked, having read enough.
+    """
+
+    going_on: list[Entry | Checked]
+    absent: list[Checked]
+    unknown: list[Checked]
+    left_over: list[Checked]
 
 
 class Verifier:
@@ -75,12 +106,19 @@ class Verifier:
         self.wait_seconds = 10.0
         self.corrected = 0
         """Returns that said something else than the job cache, since the start."""
+        self.trouble = ""
+        """Why the job cache cannot be read now."""
         self._journal = journal
         self._in_journal = in_journal
         self._cache = cache
         self._in_cache = in_cache
         self._on_confirmed = on_confirmed
-        self._waiting: collections.deque[Waiting] = collections.deque()
+        self._deferred: dict[int, Deferred] = {}
+        """In the order in which they are looked for next."""
+        self._again: collections.deque[int] = collections.deque()
+        """Events that the writer has passed and can have now: confirmed ones, and those that were left over."""
+        self._ahead = 0
+        """Every event up to this ``seq`` was looked up ahead of the writer."""
         self._some_wait = asyncio.Event()
         self._reading = asyncio.Lock()
         self._told: collections.deque[tuple[float, str]] = collections.deque(maxlen=_LOG_LINES)
@@ -88,8 +126,8 @@ class Verifier:
 
     @property
     def waiting(self) -> int:
-        """Returns that wait for the job cache."""
-        return len(self._waiting)
+        """Events that wait for the job cache."""
+        return len(self._deferred)
 
     async def read(self, *, after: int, rows: int, max_bytes: int) -> tuple[list[Entry | Checked], int, bool]:
         """The next events that may become rows, the ``seq`` up to which was read, and whether that was all there is.
@@ -98,24 +136,37 @@ class Verifier:
             sqlite3.Error: the journal cannot be used now; the same call may be made again.
         """
         async with self._reading:
-            entries = await self._in_journal(lambda: self._journal.read(after=after, rows=rows, max_bytes=max_bytes))
-            checked, aside, _ = await self._check(entries)
-            await self._put_aside(aside)
+            if self._again:
+                return await self._read_again(rows, max_bytes), after, False
+            if len(self._deferred) >= _MAX_DEFERRED:
+                return [], after, True
+            entries: list[Entry] = await self._in_journal(
+                lambda: self._journal.read(after=after, rows=rows, max_bytes=max_bytes)
+            )
+            look = await self._look_at([entry for entry in entries if entry.seq not in self._deferred])
+            self._defer(look)
+            self._again.extend(each.entry.seq for each in look.left_over)
         last = entries[-1].seq if entries else after
-        all_read = len(entries) < rows and sum(len(entry.body) for entry in entries) < max_bytes
-        return checked, last, all_read
+        all_read = len(entries) < rows and sum(len(entry.body) for entry in entries) < max_bytes and not self._again
+        return look.going_on, last, all_read
+
+    async def _read_again(self, rows: int, max_bytes: int) -> list[Entry | Checked]:
+        seqs = list(itertools.islice(self._again, rows))
+        entries, looked = await self._in_journal(self._journal.read_these, seqs, max_bytes)
+        look = await self._look_at(entries)
+        for _ in range(looked):
+            self._again.popleft()
+        self._defer(look)
+        self._again.extendleft(each.entry.seq for each in reversed(look.left_over))
+        return look.going_on
 
     async def run(self) -> None:
         """Looks again for what waits, and ahead of the writer while it is behind; until cancelled."""
         loop = asyncio.get_running_loop()
         ahead_at = loop.time() + _AHEAD_SECONDS
-        remembered = False
         while True:
             try:
-                if not remembered:
-                    await self._remember()
-                    remembered = True
-                if self._waiting:
+                if self._deferred:
                     await self._look_again()
                 if loop.time() >= ahead_at:
                     more = self.enabled and self._journal.pending > 0 and await self._look_ahead()
@@ -123,162 +174,216 @@ class Verifier:
             except sqlite3.Error as exc:
                 log.debug("The journal cannot be used now: %s", exc)  # capture and writer say it
                 await asyncio.sleep(_AHEAD_SECONDS)
-            if self._waiting:
+            if self._deferred:
                 await asyncio.sleep(_LOOK_SECONDS)
             else:
                 self._some_wait.clear()
                 if await is_set_within(self._some_wait, max(_LOOK_SECONDS, ahead_at - loop.time())):
                     await asyncio.sleep(_FIRST_LOOK_SECONDS)
 
-    async def _remember(self) -> None:
-        """What waited before a restart."""
-        async with self._reading:
-            here = {waiting.seq for waiting in self._waiting}
-            stored: list[Waiting] = await self._in_journal(self._journal.waiting)
-            self._waiting.extend(waiting for waiting in stored if waiting.seq not in here)
+    async def _look_at(self, entries: Iterable[Entry], patience: float | None = None) -> _Look:
+        """Which entries go on, and as what. An entry goes on as it is where nobody had to look into it.
 
-    async def _check(self, entries: list[Entry]) -> tuple[list[Entry | Checked], list[int], dict[int, bytes]]:
-        """Entries that go on, the ``seq`` of those that do not yet, and new bytes of those that said something else.
-
-        An entry goes on as it is where nobody had to look into it.
+        ``patience``: for how many seconds a file that does not come is taken for one that is being written.
         """
-        opened = [_open(entry) if self._may_need_look(entry) else entry for entry in entries]
-        looked = [checked for checked in opened if isinstance(checked, Checked) and self._needs_look(checked)]
+        opened = [self._sure(_open(entry)) if self._may_need_look(entry) else entry for entry in entries]
+        looked = [each for each in opened if isinstance(each, Checked) and self._needs_look(each)]
         if not looked:
-            return opened, [], {}
-        assert self._cache is not None
-        # Half the time that a return has: what lacks a file that never comes must not become a dead letter for that.
-        patience = self.wait_seconds / 2
-        payloads = await self._in_cache(self._cache.confirm, [checked.event for checked in looked], patience)
-        found: dict[int, dict[str, Any] | NoCache | None] = {
-            checked.entry.seq: payload for checked, payload in zip(looked, payloads, strict=True)
-        }
-        going_on: list[Entry | Checked] = []
-        aside: list[int] = []
-        replaced: dict[int, bytes] = {}
-        for checked in opened:
-            if not isinstance(checked, Checked) or checked.entry.seq not in found:
-                going_on.append(checked)
+            return _Look(opened, [], [], [])
+        # Half the time that an event has: what lacks a file that never comes must not become a dead letter for that.
+        patience = self.wait_seconds / 2 if patience is None else patience
+        answers = await self._ask([each.event for each in looked if isinstance(each.event, Opened)], patience)
+        found = {each.entry.seq: answer for each, answer in zip(looked, answers, strict=True)}
+        look = _Look([], [], [], [])
+        for each in opened:
+            if not isinstance(each, Checked) or each.entry.seq not in found:
+                look.going_on.append(each)
                 continue
-            seq, event = checked.entry.seq, checked.event
-            assert isinstance(event, Opened)
-            payload = found[seq]
-            if isinstance(payload, NoCache):
-                going_on.append(checked._replace(event=Ignored.NOCACHE) if self.enabled else checked)
-            elif payload is None:
-                aside.append(seq)
-            elif _same(payload, event.data):
-                going_on.append(checked)
-            elif (body := records.try_pack(event.tag, payload)) is None:
-                aside.append(seq)
-            elif body == records.try_pack(event.tag, event.data):  # not a number is not equal to itself
-                going_on.append(checked)
+            answer = found[each.entry.seq]
+            confirmed = self._confirmed(each, answer) if isinstance(answer, Opened) else None
+            if confirmed is not None:
+                look.going_on.append(confirmed)
+            elif isinstance(answer, Ignored):
+                may_go_on = not self.enabled and each.entry.state != STUB
+                look.going_on.append(each if may_go_on else each._replace(event=answer))
+            elif isinstance(answer, (Unreadable, TooLarge)):
+                look.unknown.append(each)
+            elif isinstance(answer, NotAsked):
+                look.left_over.append(each)
             else:
-                self._note_difference(event)
-                said = records.with_payload(event, payload)
-                going_on.append(Checked(checked.entry._replace(body=body), said))
-                replaced[seq] = body
-        return going_on, aside, replaced
+                look.absent.append(each)
+        return look
+
+    async def _ask(self, events: list[Opened], patience: float) -> list[Answer]:
+        if self._cache is None:
+            return [None] * len(events)
+        answers: list[Answer] = await self._in_cache(self._cache.confirm, events, patience)
+        trouble = next((answer.error for answer in answers if isinstance(answer, Unreadable)), "")
+        if trouble and not self.trouble:
+            log.error("%s. Events wait in the journal until it can be read.", trouble)
+        elif self.trouble and not trouble:
+            log.warning("The job cache can be read again")
+        self.trouble = trouble
+        return answers
+
+    def _confirmed(self, checked: Checked, event: Opened) -> Checked | None:
+        """An entry with the payload that the job cache has; ``None`` where that cannot be packed."""
+        body = records.try_pack(event.tag, event.data)
+        if body is None:
+            return None
+        if body == checked.entry.body:
+            return checked._replace(entry=checked.entry._replace(state=CONFIRMED))
+        self._note_difference(checked, event)
+        if records.may_be_trimmed(body):
+            event = event._replace(trimmed=records.is_trimmed(event.data.get("return")))
+        refused = records.refusal(event.job, event.data, self.selection)
+        return Checked(checked.entry._replace(body=body, state=CONFIRMED), refused or event)
 
     def _may_need_look(self, entry: Entry) -> bool:
-        return self._cache is not None and not entry.trusted and (self.enabled or records.may_be_trimmed(entry.body))
+        if entry.state == CONFIRMED:
+            return False
+        if entry.state == STUB:
+            return True
+        return self._cache is not None and (self.enabled or records.may_be_trimmed(entry.body))
+
+    def _sure(self, checked: Checked) -> Checked:
+        """What is no row of a job by its own words stays none, whatever the settings are by the time it is written."""
+        event = checked.event
+        if not isinstance(event, Opened) or checked.entry.state == STUB or not self.enabled:
+            return checked
+        if self.selection.is_of_peer(event.data):
+            return checked._replace(event=Ignored.PEER)
+        refused = records.refusal(event.job, event.data, self.selection)
+        # What lacks a key is looked for: the cache may have it, and a stranger's is kept as a dead letter.
+        if refused in (None, Ignored.MISSING_KEY):
+            return checked
+        if event.chosen or self.selection.wants_event(event.tag):
+            return checked._replace(event=event._replace(job=None, chosen=True))
+        return checked._replace(event=refused)
 
     def _needs_look(self, checked: Checked) -> bool:
         event = checked.event
-        if not isinstance(event, Opened):
+        if not isinstance(event, Opened) or event.job is None:
             return False
-        if not self.enabled and not event.trimmed:
-            return False
-        # What becomes no row anyway is counted for its own reason.
-        if self.selection.is_of_peer(event.data):
-            return False
-        # But for what lacks a key: the cache may have it, and a stranger's is kept as a dead letter.
-        return records.refusal(event.job, event.data, self.selection) in (None, Ignored.MISSING_KEY)
+        return self.enabled or event.trimmed or checked.entry.state == STUB
 
-    def _note_difference(self, event: Opened) -> None:
-        assert event.job is not None
-        if event.job.kind in _KINDS_WITH_VALUES and not event.trimmed:
-            self.corrected += 1
-            self._tell(event.job.jid, f"An event for jid {event.job.jid}, minion {event.job.minion!r} says something "
-                       "else than the master's job cache, which is stored instead")  # fmt: skip
-
-    async def _put_aside(self, seqs: list[int]) -> None:
-        if not seqs:
+    def _note_difference(self, checked: Checked, event: Opened) -> None:
+        said = checked.event
+        if checked.entry.state == STUB or not isinstance(said, Opened) or said.trimmed:
             return
-        now = time.time()
-        self._waiting.extend(await self._in_journal(lambda: self._journal.wait(seqs, since=now)))
-        self._some_wait.set()
+        if event.job is None or event.job.kind not in _KINDS_WITH_VALUES:
+            return
+        if all(_packed(said.data.get(key)) == _packed(event.data.get(key)) for key in _VALUES):
+            return
+        self.corrected += 1
+        self._tell(event.job.jid, f"An event for jid {event.job.jid}, minion {event.job.minion!r} says something "
+                   "else than the master's job cache, which is stored instead")  # fmt: skip
+
+    def _defer(self, look: _Look) -> None:
+        now = time.monotonic()
+        for each in (*look.absent, *look.unknown):
+            job = each.event.job if isinstance(each.event, Opened) else None
+            assert job is not None
+            minion = self.selection.master_id if job.kind in records.MASTER_RETURNS else job.minion
+            self._deferred[each.entry.seq] = Deferred(each.entry.seq, job.jid, minion, now)
+        if look.absent or look.unknown:
+            self._some_wait.set()
 
     async def _look_again(self) -> None:
         """Looks for the next of those that wait; each comes round several times before its time is over."""
-        some = [self._waiting.popleft() for _ in range(min(_LOOK_EVENTS, len(self._waiting)))]
-        ended: set[int] = set()
-        try:
-            ended = await self._end_some(some)
-        finally:
-            self._waiting.extend(waiting for waiting in some if waiting.seq not in ended)
+        async with self._reading:
+            some = list(itertools.islice(self._deferred.values(), _LOOK_EVENTS))
+            now = time.monotonic()
+            is_crowded = len(self._deferred) >= _MAX_DEFERRED
+            wait = min(self.wait_seconds, _CROWDED_SECONDS) if is_crowded else self.wait_seconds
+            over = {each.seq for each in some if now - each.since >= wait}
+            there = await self._present(some)
+            for each in some:  # the next look begins behind these
+                self._deferred[each.seq] = self._deferred.pop(each.seq)
+            due = [each.seq for each in some if each.seq in there or each.seq in over]
+            while due:
+                entries, looked = await self._in_journal(self._journal.read_these, due, _LOOK_BYTES)
+                for seq in set(due[:looked]).difference(entry.seq for entry in entries):
+                    del self._deferred[seq]
+                del due[:looked]
+                young: list[Entry] = []
+                old: list[Entry] = []
+                for entry in entries:
+                    is_young = now - self._deferred[entry.seq].since < self.wait_seconds / 2
+                    (young if is_young else old).append(entry)
+                await self._end_some(await self._look_at(young), over)
+                await self._end_some(await self._look_at(old, 0.0), over)
 
-    async def _end_some(self, some: list[Waiting]) -> set[int]:
-        """Ends the wait of those that the cache holds now, and of those whose time is over; gives their ``seq``."""
-        now = time.time()
-        too_many = len(self._waiting) > _MAX_WAITING
-        over = {each.seq for each in some if too_many or abs(now - each.since) >= self.wait_seconds}
-        there = await self._present(some)
-        seqs = [each.seq for each in some if each.seq in there or each.seq in over]
-        if not seqs:
-            return set()
-        bodies: dict[int, tuple[float, bytes]] = await self._in_journal(self._journal.bodies_of_waiting, seqs)
-        checked, aside, _ = await self._check([Entry(seq, *bodies[seq]) for seq in bodies])
-        entries = [each if isinstance(each, Entry) else each.entry for each in checked]
-        confirmed = {entry.seq: entry.body for entry in entries}
-        ignored = {
-            each.entry.seq: each.event.value
-            for each in checked
-            if isinstance(each, Checked) and isinstance(each.event, Ignored) and not each.error
-        }
-        for seq in ignored:
-            del confirmed[seq]
-        hopeless = over.intersection(aside)
-        dead: dict[int, str] = {}
-        if self.enabled:
-            dead = {each.seq: self._reason(each) for each in some if each.seq in hopeless}
-        else:  # what Salt has trimmed is stored as it is
-            confirmed.update({seq: bodies[seq][1] for seq in hopeless})
-        again = await self._in_journal(
-            lambda: self._journal.end_waiting(confirmed=confirmed, dead=dead, ignored=ignored)
-        )
-        if again:
-            self._on_confirmed(again, sum(map(len, confirmed.values())))
-        return {*confirmed, *dead, *ignored, *(seq for seq in seqs if seq not in bodies)}
+    async def _end_some(self, look: _Look, over: set[int]) -> None:
+        """Ends the wait of those that the cache holds, and of those whose time is ``over``."""
+        confirmed, ignored, dead = _sorted_out(look.going_on)
+        for each in look.absent:
+            seq = each.entry.seq
+            if seq not in over:
+                continue
+            if each.entry.state == STUB:
+                ignored[seq] = Ignored.FORGOTTEN.value
+            elif self.enabled:
+                dead[seq] = "unconfirmed", self._reason(self._deferred[seq])
+            else:  # what Salt has trimmed is stored as it is
+                confirmed[seq] = each.entry.body
+        now = time.monotonic()
+        for each in look.unknown:  # their time begins when the cache can be read
+            self._deferred[each.entry.seq] = self._deferred[each.entry.seq]._replace(since=now)
+        await self._settle(confirmed, ignored, dead)
+        for seq in (*confirmed, *ignored, *dead):
+            self._deferred.pop(seq, None)
+        self._again.extend(seq for seq in confirmed if seq <= self._journal.taken_through)
+        if confirmed or ignored or dead:
+            self._on_confirmed(len(confirmed), sum(map(len, confirmed.values())))
 
-    async def _present(self, some: list[Waiting]) -> set[int]:
+    async def _settle(
+        self, confirmed: dict[int, bytes], ignored: dict[int, str], dead: dict[int, tuple[str, str]]
+    ) -> None:
+        if confirmed:
+            await self._in_journal(self._journal.confirm, confirmed)
+        if ignored or dead:
+            fates = collections.Counter(f"ignored.{reason}" for reason in ignored.values())
+            await self._in_journal(self._journal.settle, Settlement([*ignored, *dead], fates, dead))
+
+    async def _present(self, some: list[Deferred]) -> set[int]:
         if self._cache is None:
             return {each.seq for each in some}
         present = await self._in_cache(self._cache.present, [(each.jid, each.minion) for each in some])
         return {each.seq for each, is_there in zip(some, present, strict=True) if is_there}
 
-    def _reason(self, waiting: Waiting) -> str:
-        what = f"the return of {waiting.minion!r}" if waiting.minion else "the job"
-        self._tell(waiting.jid, f"The master's job cache does not hold {what} for jid {waiting.jid}: forged, or of "
+    def _reason(self, deferred: Deferred) -> str:
+        what = f"the return of {deferred.minion!r}" if deferred.minion else "the job"
+        self._tell(deferred.jid, f"The master's job cache does not hold {what} for jid {deferred.jid}: forged, or of "
                    "another master; it goes to the dead letters")  # fmt: skip
         return f"not in the master's job cache within {self.wait_seconds:g} s"
 
     async def _look_ahead(self) -> bool:
-        """Confirms a step of what the writer will come to later; whether there is more."""
+        """Confirms a step of what the writer will come to later; whether there is more.
+
+        What the writer holds was confirmed in memory alone. It is confirmed in the journal too, and nothing else is
+        done to it.
+        """
         async with self._reading:
-            through = self._journal.verified_through
             entries: list[Entry] = await self._in_journal(
-                lambda: self._journal.read(after=through, rows=_AHEAD_ROWS, max_bytes=_AHEAD_BYTES, take=False)
+                lambda: self._journal.read(after=self._ahead, rows=_AHEAD_ROWS, max_bytes=_AHEAD_BYTES, take=False)
             )
-            old = time.time() - _AHEAD_AGE_SECONDS
-            entries = list(itertools.takewhile(lambda entry: entry.captured_at < old, entries))
-            if not entries:
+            now = time.time()
+            entries = list(itertools.takewhile(lambda entry: _may_be_forgotten(entry, now), entries))
+            if not entries or len(self._deferred) >= _MAX_DEFERRED:
                 return False
-            _, aside, replaced = await self._check(entries)
+            look = await self._look_at(entry for entry in entries if entry.seq not in self._deferred)
             taken = self._journal.taken_through
-            # A batch that the writer holds was confirmed already.
-            await self._put_aside([seq for seq in aside if seq > taken])
-            await self._in_journal(lambda: self._journal.verified(entries[-1].seq, replaced))
+            confirmed, ignored, dead = _sorted_out(look.going_on)
+            await self._settle(
+                confirmed,
+                {seq: why for seq, why in ignored.items() if seq > taken},
+                {seq: why for seq, why in dead.items() if seq > taken},
+            )
+            for each in (look.absent, look.unknown):
+                each[:] = [checked for checked in each if checked.entry.seq > taken]
+            self._defer(look)
+            self._ahead = min([entries[-1].seq, *(each.entry.seq - 1 for each in look.left_over)])
             return True
 
     def _tell(self, jid: str, message: str) -> None:
@@ -304,8 +409,32 @@ def _open(entry: Entry) -> Checked:
         return Checked(entry, Ignored.UNDECODABLE, f"{type(exc).__name__}: {exc}")
 
 
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    try:
-        return one == other
-    except RecursionError:
-        return jsontext.dumps(one) == jsontext.dumps(other)
+def _may_be_forgotten(entry: Entry, now: float) -> bool:
+    """Whether the writer lags so that it pays to look ahead of it. Events of the bus are likely confirmed in time."""
+    return entry.state == STUB or not 0.0 <= now - entry.captured_at < _AHEAD_AGE_SECONDS
+
+
+def _sorted_out(
+    going_on: Iterable[Entry | Checked],
+) -> tuple[dict[int, bytes], dict[int, str], dict[int, tuple[str, str]]]:
+    """By ``seq``: the bytes of what is confirmed, why others are ignored, and (reason, error) of dead letters."""
+    confirmed: dict[int, bytes] = {}
+    ignored: dict[int, str] = {}
+    dead: dict[int, tuple[str, str]] = {}
+    for each in going_on:
+        entry = each if isinstance(each, Entry) else each.entry
+        if isinstance(each, Entry):
+            confirmed[entry.seq] = entry.body
+        elif each.error:
+            dead[entry.seq] = "fault", each.error
+        elif isinstance(each.event, Ignored):
+            ignored[entry.seq] = each.event.value
+        elif each.event.job is None and entry.state != CONFIRMED:  # a row of events, and of nothing else
+            confirmed[entry.seq] = records.chosen_event(entry.body)
+        else:
+            confirmed[entry.seq] = entry.body
+    return confirmed, ignored, dead
+
+
+def _packed(value: Any) -> bytes | None:
+    return records.try_pack("", {"": value})

@@ -23,7 +23,7 @@ import logging
 import random
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 from . import moments, records, schema
@@ -33,6 +33,7 @@ from .database import Database, Session
 from .errors import AnswerTimeout, DatabaseError, OperatorNeeded, RowsRejected, Verdict
 from .items import Item, Maker, Plain
 from .journal import Entry, Journal, Settlement
+from .journalfile import CONFIRMED
 from .rows import Rows
 from .verify import Checked, Verifier
 from .waits import is_set_within
@@ -222,6 +223,8 @@ class Writer:
         for each in events:
             entry, event, error = (each, None, "") if isinstance(each, Entry) else each
             item = self._maker.make(entry.seq, entry.captured_at, entry.body, event, error)
+            if entry.state == CONFIRMED:
+                item = item._replace(confirmed=entry.body)
             # The journal keeps wall-clock time, which can be set back or on; age is at least 0.
             self.batcher.add(item, size=item.size, since=now - max(0.0, wall - entry.captured_at))
             if time.monotonic() >= until:
@@ -241,7 +244,7 @@ class Writer:
                     await self._deliver(batch[middle:])
                     return
                 log.error("The database refuses an event, which goes to the dead letters: %s", exc)
-                await self._settle(Settlement([batch[0].seq], {}, {batch[0].seq: ("refused", str(exc))}))
+                await self._settle(_settlement(batch, {}, {batch[0].seq: ("refused", str(exc))}))
                 return
             except DatabaseError as exc:
                 if self._session is not None and not self._session.usable:
@@ -259,7 +262,7 @@ class Writer:
                 log.warning("The database at %s takes rows again", self.server_host)
                 self.failing = False
             dead = {item.seq: ("fault", item.error) for item in batch if item.error}
-            await self._settle(Settlement([item.seq for item in batch], fates, dead))
+            await self._settle(_settlement(batch, fates, dead))
             now = time.time()
             self.lags.extend(now - item.captured_at for item in batch)
             return
@@ -331,7 +334,7 @@ class Writer:
         try:
             done = await into.write(rows)
             session.check_escapes()
-            self._uncertain_through = max(self._uncertain_through, rows[-1].seq)
+            self._uncertain_through = max(self._uncertain_through, *(item.seq for item in rows))
             await session.commit()
         except RowsRejected:
             if session.usable:
@@ -470,3 +473,8 @@ class Writer:
         await asyncio.wait({probe}, timeout=1.0)  # before Python 3.12 wait_for() may swallow a cancellation
         if probe.done() and not probe.cancelled() and not probe.exception():
             probe.result().close()
+
+
+def _settlement(batch: list[Item], fates: Mapping[str, int], dead: Mapping[int, tuple[str, str]]) -> Settlement:
+    confirmed = {item.seq: item.confirmed for item in batch if item.seq in dead and item.confirmed is not None}
+    return Settlement([item.seq for item in batch], fates, dead, confirmed)

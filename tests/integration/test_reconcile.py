@@ -18,6 +18,7 @@ import pytest
 
 from salt_mysql_engine import reconcile
 from salt_mysql_engine.journal import Caps
+from salt_mysql_engine.journalfile import CONFIRMED
 from tests.support.scratch import Scratch
 from tests.support.shipping import (
     MASTER,
@@ -260,7 +261,7 @@ async def test_files_of_strangers_and_half_written_ones_are_passed_over(
 async def test_what_the_master_is_still_writing_is_looked_at_a_while_later(
     database: Scratch, cache: Cache, reconciling: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconcile, "_SECOND_LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(reconcile, "_SECOND_LOOK_SECONDS", 3.0)
     cache.accept(*everything())
     job = cache.folder(jid(1))
     minions, out = (job / ".minions.p").read_bytes(), (job / "web2" / "out.p").read_bytes()
@@ -320,6 +321,58 @@ async def test_a_pass_looks_at_what_changed_since_the_last_one_also_after_a_rest
         assert done.jobs == 2
         done = await ship.reconcile(since=0.0)
         assert (done.jobs, added(done)) == (41, (0, 0))
+
+
+async def test_a_clock_that_was_ahead_once_hides_nothing_from_a_pass(
+    database: Scratch, cache: Cache, reconciling: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    async with reconciling() as ship:
+        monkeypatch.setattr(time, "time", lambda: real() + 86_400 * 400)
+        await ship.reconcile(reason="while the clock is ahead")
+        monkeypatch.setattr(time, "time", real)
+    cache.accept(*returns(10))
+    for n in range(1, 11):
+        cache.job(jid(n), at=real() - 10_000)
+    async with reconciling() as ship:
+        assert added(await first(ship)) == (0, 10)
+
+
+async def test_a_clock_that_was_set_back_hides_nothing_from_a_pass(
+    database: Scratch, cache: Cache, reconciling: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    async with reconciling() as ship:
+        await first(ship)
+        monkeypatch.setattr(time, "time", lambda: real() - 3000)
+        cache.accept(*returns(10))
+        for n in range(1, 11):
+            cache.job(jid(n), at=real() - 3050)
+        assert added(await ship.reconcile(reason="gap")) == (0, 10)
+
+
+async def test_jobs_with_megabytes_of_arguments_take_the_memory_of_one(
+    database: Scratch, cache: Cache, reconciling: Make
+) -> None:
+    count, size = 60, 2_000_000
+    for n in range(1, count + 1):
+        cache.job(jid(n), {"tgt": "*", "fun": "test.arg", "arg": [f"{n:09d}" * (size // 9)]}, ["web1"])
+        cache.returned(jid(n), "web1", True, retcode=0, success=True)
+    async with reconciling() as ship:
+        reconciler = ship.reconciler
+        assert reconciler is not None
+        tracemalloc.start()
+        await ship.until(lambda: reconciler.passes == 1)
+        _, peak = tracemalloc.get_traced_memory()
+        assert added(reconciler.last) == (count, count)
+        await ship.settled()
+        tracemalloc.reset_peak()
+        assert added(await ship.reconcile(since=0.0)) == (0, 0)
+        _, again = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        # What the writer holds of a batch, with its SQL, is in it.
+        assert peak < 45 * size
+        assert again < 45 * size
 
 
 async def test_a_pass_over_a_part_does_not_stand_for_one_over_all(
@@ -456,6 +509,9 @@ async def test_before_the_cache_forgets_what_nobody_compared_all_of_it_is_journa
         done = reconciler.last
         assert done is not None
         assert added(done) == (1, 5 + 15), "all but what the journal holds"
+        unchecked = f"SELECT 1 FROM events WHERE state <> {CONFIRMED}"
+        while await ship._in_journal(ship._read, unchecked):  # noqa: ASYNC110 (a file)
+            await asyncio.sleep(0.05)
         cache.forget()
         ship.mysql["mysql.port"] = database.mysql["mysql.port"]
         books = await ship.settled()

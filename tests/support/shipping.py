@@ -267,13 +267,11 @@ class Shipping:
 
     async def books(self) -> dict[str, Any]:
         """The books, balanced: every captured event is in one place, and `pending` is what the file holds."""
-        books, in_file = await self._in_journal(
-            lambda: (self.journal.books(), self._count("events") + self._count("waiting"))
-        )
+        books, in_file = await self._in_journal(lambda: (self.journal.books(), self._count("events")))
         fates = [books[name] for name in ("written", "duplicates", "pending", "dead_letters")]
         assert books["captured"] == sum([*fates, *books["ignored"].values(), *books["dropped"].values()]), books
         assert books["pending"] == in_file, (books, in_file)
-        return dict(books)
+        return {**books, "waiting": self.verifier.waiting}
 
     def _count(self, table: str) -> int:
         ((count,),) = self._read(f"SELECT COUNT(*) FROM {table}")
@@ -353,7 +351,7 @@ class Cache:
                 kept = {key: data[key] for key in ("retcode", "success") if key in data}
                 self.returned(job, event.job.minion, data["return"], out=data.get("out"), **kept)
                 continue
-            value = {key: its for key, its in data.items() if key != "_stamp"}
+            value = dict(data)  # with the `_stamp` of its start (salt/client/mixins.py)
             load = {"id": self.master, "tgt": self.master, "jid": job, "return": value, "fun": data["fun"]}
             self.job(job, {**load, "user": data["user"]})
             self.returned(job, self.master, value)

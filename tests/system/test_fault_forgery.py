@@ -98,6 +98,7 @@ def dead_letters(site: Site) -> list[dict[str, Any]]:
     return list(site.master.run(f"{ENGINE}.dead_letters", "limit=10000"))
 
 
+@pytest.mark.smoke
 def test_what_one_minion_forges_in_the_name_of_another_is_never_a_row(make_site: Callable[..., Site]) -> None:
     site = make_site(verify_wait_seconds=WAIT)
     with site.master, site.minion(VICTIM), attacker(site.master) as mallory:
@@ -112,6 +113,11 @@ def test_what_one_minion_forges_in_the_name_of_another_is_never_a_row(make_site:
         mallory.fire(ret(jid), forged(jid))
         mallory.fire(ret(jid, "nobody"), forged(jid, "nobody"))
         mallory.fire("new", {"jid": jid, **load}, pretag=f"salt/job/{jid}")
+        # The same as somebody's runner, and with nothing in it that the genuine one has.
+        for kind in ("run", "wheel"):
+            of_master = {"fun": f"{kind}ner.forged" if kind == "run" else "wheel.forged", "user": "forged"}
+            mallory.fire("new", {"jid": jid, "fun_args": ["forged"], **of_master}, pretag=f"salt/{kind}/{jid}")
+        mallory.fire(ret(jid), {"id": VICTIM, "jid": jid, "return": True})
         assert not site.database.sql("SELECT * FROM salt_returns WHERE jid = %s", jid)  # else the attack came too late
         wait_until(cached(site, jid).exists, timeout=PATIENCE, what="the genuine return")
         began = time.monotonic()
@@ -119,24 +125,25 @@ def test_what_one_minion_forges_in_the_name_of_another_is_never_a_row(make_site:
         assert time.monotonic() - began < AT_ONCE
         # And after it.
         mallory.fire(ret(jid), forged(jid))
-        wait_until(lambda: site.status()["books"]["dead_letters"] >= 3, timeout=PATIENCE, what="dead letters")
+        wait_until(lambda: site.status()["books"]["dead_letters"] >= 5, timeout=PATIENCE, what="dead letters")
         assert site.master.salt(VICTIM, "test.true") == {VICTIM: True}
         site.wait_for("SELECT jid FROM salt_returns WHERE fun = 'test.true' AND id = %s", VICTIM)
 
         assert (row["return"], row["success"], row["fun"]) == ("true", "1", "test.sleep")
         assert site.returned(jid, VICTIM) == {VICTIM: row}
         assert json.loads(row["full_ret"])["fun_args"] == [3]
+        assert json.loads(row["full_ret"])["user"]
         assert json.loads(site.load(jid) or "")["fun"] == "test.sleep"
         for table, column in (("salt_returns", "full_ret"), ("jids", "load")):
             assert site.database.sql(f"SELECT * FROM {table} WHERE `{column}` LIKE '%forged%'") == []
         assert site.load(unknown) is None and site.load(invented) is None
         letters = dead_letters(site)
         assert sorted((letter["jid"], letter["minion"]) for letter in letters) == sorted(
-            [(unknown, VICTIM), (invented, ""), (jid, "nobody")]
+            [(unknown, VICTIM), (invented, ""), (jid, "nobody"), (jid, ""), (jid, "")]
         )
         assert {letter["error"] for letter in letters} == {f"not in the master's job cache within {WAIT:g} s"}
         books = site.status()["books"]
-        assert books["duplicates"] >= before["duplicates"] + 2  # of the genuine return: before it and after it
+        assert books["duplicates"] >= before["duplicates"] + 3  # of the genuine return: before it and after it
         assert books["dropped"] == {}
 
 

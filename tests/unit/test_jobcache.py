@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,8 +19,8 @@ import pytest
 from hypothesis import strategies as st
 
 from salt_mysql_engine import jobcache, jsontext, records, settings
-from salt_mysql_engine.jobcache import Folder, Job, JobCache, NoCache
-from salt_mysql_engine.records import Opened, Record
+from salt_mysql_engine.jobcache import Folder, Job, JobCache, TooLarge, Unreadable
+from salt_mysql_engine.records import Ignored, Opened, Record
 from tests.support import shipping
 from tests.unit import values
 
@@ -46,9 +47,9 @@ class Cache(shipping.Cache):
         return job
 
     def confirm(self, tag: str, data: Any) -> Any:
-        """What the cache says of one event."""
+        """What the cache says of one event: its payload, or why there is none."""
         (said,) = self.reader.confirm([opened(tag, data)], PATIENCE)
-        return said
+        return said.data if isinstance(said, Opened) else said
 
 
 @pytest.fixture
@@ -76,7 +77,10 @@ def new_data(jid: str = JID, **changes: Any) -> dict[str, Any]:
 
 def return_data(jid: str = JID, minion: str = "web1", value: Any = True, **changes: Any) -> dict[str, Any]:
     data = {"cmd": "_return", "id": minion, "success": True, "return": value, "retcode": 0, "jid": jid}
-    return {**data, "fun": "test.arg", "fun_args": [1], "user": "root", "_stamp": STAMP, **changes}
+    data |= {"fun": "test.arg", "fun_args": [1], "user": "root", "metadata": {"a": 1}}
+    if "out" in changes:
+        data["out"] = changes["out"]
+    return {**data, "_stamp": STAMP, **changes}
 
 
 def master_data(fun: str = "runner.jobs.active", **changes: Any) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def test_a_return_that_the_cache_holds_is_confirmed_as_it_is(cache: Cache, more:
     }
     said = cache.confirm(RETURN, data)
     assert said == data
-    assert list(said) == list(data), "the order of the keys is the payload's"
+    assert list(said) == list(data), "the order of the keys is Salt's"
 
 
 @pytest.mark.parametrize(
@@ -141,6 +145,16 @@ def test_a_return_that_the_cache_holds_is_confirmed_as_it_is(cache: Cache, more:
         {"fun": "cmd.run"},
         {"fun_args": ["rm -rf /"]},
         {"user": "forged"},
+        {"metadata": {"a": "forged"}},
+        {"master_id": "forged", "sig": "forged", "tgt": "forged", "trimmed": True, "x": 1, "cmd": "x"},
+        {"ts": "forged"},
+        {"ts": True},
+        {"ts": -1},
+        {"ts": 1.5},
+        {"ts": 2**40},
+        {"return": {"x": True}},
+        {"return": {"x": 1.0}},
+        {"retcode": 0.0},
     ],
     ids=repr,
 )
@@ -150,10 +164,24 @@ def test_a_return_that_says_something_else_is_corrected_to_what_the_cache_holds(
     cache.job(JID, load_of(), ["web1"])
     cache.returned(JID, "web1", {"x": 1}, retcode=0, success=True, at=LONG_AGO)
     said = cache.confirm(RETURN, {**return_data(value={"x": 1}), **forged})
-    assert said == return_data(value={"x": 1})
-    assert {key: type(value) for key, value in said.items()} == {
-        key: type(value) for key, value in return_data(value={"x": 1}).items()
-    }
+    assert values.packed(said) == values.packed(return_data(value={"x": 1})), "with its types and in its order"
+
+
+@pytest.mark.parametrize("left_out", ["fun", "fun_args", "user", "metadata", "return", "retcode", "success", "cmd"])
+def test_what_an_event_leaves_out_is_not_left_out_of_the_return(cache: Cache, left_out: str) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", {"x": 1}, retcode=0, success=True, at=LONG_AGO)
+    data = return_data(value={"x": 1})
+    del data[left_out]
+    assert list(cache.confirm(RETURN, data).items()) == list(return_data(value={"x": 1}).items())
+
+
+@pytest.mark.parametrize("stamp", [None, 5, "yesterday", "2026-01-02", STAMP + "Z", ["x"]])
+def test_a_time_that_is_none_is_not_taken_from_an_event(cache: Cache, stamp: Any) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", {"x": 1}, retcode=0, success=True, at=LONG_AGO)
+    said = cache.confirm(RETURN, return_data(value={"x": 1}, _stamp=stamp, ts=1767323045))
+    assert said == {key: its for key, its in return_data(value={"x": 1}, ts=1767323045).items() if key != "_stamp"}
 
 
 def test_what_the_cache_does_not_say_of_a_return_is_not_taken_from_the_event(cache: Cache) -> None:
@@ -168,6 +196,7 @@ def test_a_return_whose_outputter_may_be_on_its_way_is_waited_for(cache: Cache) 
     file = cache.returned(JID, "web1", 1, retcode=0, success=True)  # Salt writes out.p after it
     assert cache.confirm(RETURN, return_data(value=1, out="highstate")) is None
     assert cache.confirm(RETURN, return_data(value=1)) == return_data(value=1)
+    assert cache.confirm(RETURN, return_data(value=2)) is None, "a forged one may leave the outputter away"
     os.utime(file, (LONG_AGO, LONG_AGO))  # it was synced for long before it was renamed (salt/utils/atomicfile.py 3008)
     assert cache.confirm(RETURN, return_data(value=1, out="highstate")) is None
 
@@ -203,17 +232,18 @@ def test_the_outputter_comes_from_its_own_file(cache: Cache) -> None:
 
 def test_a_trimmed_return_gets_its_whole_value_from_the_cache(cache: Cache) -> None:
     cache.job(JID, load_of(), ["web1"])
-    cache.returned(JID, "web1", {"a": "x" * 100_000}, retcode=0, success=True)
+    cache.returned(JID, "web1", {"a": "x" * 100_000}, retcode=0, success=True, at=LONG_AGO)
     said = cache.confirm(RETURN, return_data(value={"a": TRIMMED}))
     assert said == return_data(value={"a": "x" * 100_000})
-    assert not records.with_payload(opened(RETURN, return_data(value={"a": TRIMMED})), said).trimmed
 
 
-def test_a_value_that_the_minion_itself_trimmed_stays_trimmed(cache: Cache) -> None:
+def test_a_file_that_is_larger_than_asked_for_is_not_read(cache: Cache) -> None:
     cache.job(JID, load_of(), ["web1"])
-    cache.returned(JID, "web1", TRIMMED, retcode=0, success=True)
+    cache.returned(JID, "web1", "x" * 100_000, retcode=0, success=True)
     event = opened(RETURN, return_data(value=TRIMMED))
-    assert records.with_payload(event, cache.confirm(RETURN, event.data)).trimmed
+    (said,) = cache.reader.confirm([event], PATIENCE, max_bytes=70_000)
+    assert isinstance(said, TooLarge)
+    assert said.size > 100_000
 
 
 def test_what_is_not_there_yet_is_not_confirmed(cache: Cache) -> None:
@@ -222,20 +252,19 @@ def test_what_is_not_there_yet_is_not_confirmed(cache: Cache) -> None:
     assert cache.confirm(RETURN, return_data()) is None
     cache.returned(JID, "web2", True)
     assert cache.confirm(RETURN, return_data()) is None
-    assert cache.confirm(NEW, new_data(jid=OTHER)) is not None
     assert cache.confirm(f"salt/job/{OTHER}/new", new_data(jid=OTHER)) is None
 
 
-def test_a_return_without_a_load_is_confirmed(cache: Cache) -> None:
-    """What a syndic sent on, or whose load the master could not write."""
+def test_a_return_without_a_load_is_not_confirmed(cache: Cache) -> None:
+    """Nobody can say which function it was, and so whether it is to be stored."""
     cache.returned(JID, "web1", True, retcode=0, success=True)
-    assert cache.confirm(RETURN, return_data()) == return_data()
+    assert cache.confirm(RETURN, return_data()) is None
 
 
 def test_a_job_that_asked_not_to_be_kept_is_told_apart(cache: Cache) -> None:
     cache.job(JID, load_of(), ["web1"], nocache=True)
-    assert isinstance(cache.confirm(RETURN, return_data()), NoCache)
-    assert isinstance(cache.confirm(f"salt/run/{JID}/ret", master_data()), NoCache)
+    assert cache.confirm(RETURN, return_data()) is Ignored.NOCACHE
+    assert cache.confirm(f"salt/run/{JID}/ret", master_data()) is Ignored.NOCACHE
 
 
 NOT_RETURNS = [b"", b"\x81", b"\xc1", values.packed({"return": 1})[:-1], values.packed({"return": 1}) + b"\0"]
@@ -248,18 +277,19 @@ def test_a_file_that_is_no_return_is_as_good_as_none(cache: Cache, content: byte
     cache.job(JID, load_of(), ["web1"])
     cache.returned(JID, "web1", 1).write_bytes(content)
     assert cache.confirm(RETURN, return_data()) is None
-    job = cache.read(JID)
-    assert cache.reader.return_event(job, "web1") is None
+    if len(content) < 65_536:  # a larger one is left to whoever makes a row of it
+        assert cache.reader.stored_at(JID, "web1") is None
 
 
 @pytest.mark.parametrize("content", [*NOT_RETURNS[:9], b"\x91" * 100_000], ids=lambda content: content[:12].hex())
-def test_a_load_that_is_none_confirms_no_publish_and_hinders_no_return(cache: Cache, content: bytes) -> None:
+def test_a_load_that_is_none_confirms_nothing(cache: Cache, content: bytes) -> None:
     folder = cache.job(JID, load_of(), ["web1"])
     cache.returned(JID, "web1", True, retcode=0, success=True)
     (folder / ".load.p").write_bytes(content)
-    assert cache.confirm(RETURN, return_data()) == return_data()
-    assert (cache.confirm(NEW, new_data(tgt="forged")) or {}).get("tgt") is None or content[:1] == b"\x81"
-    assert cache.reader.new_event(cache.read(JID)) is None
+    assert cache.confirm(NEW, new_data(tgt="forged")) is None
+    assert cache.reader.publish(JID) is None
+    if content[:1] != b"\x81":  # a map is a load, if of nothing
+        assert cache.confirm(RETURN, return_data()) is None
 
 
 def test_a_return_in_the_place_of_which_is_a_folder_or_a_pipe_holds_nobody_up(cache: Cache) -> None:
@@ -305,8 +335,7 @@ def test_an_id_that_is_no_name_leads_nowhere_and_raises_nothing(cache: Cache, mi
     event = Opened("", records.Tag(records.Kind.JOB_RETURN, JID, minion), return_data(minion=minion), False)
     assert cache.reader.confirm([event], PATIENCE) == [None]
     assert cache.reader.present([(JID, minion), (JID, "web1")]) == [minion == "", True], "no id at all asks for the job"
-    job = cache.read(JID)
-    assert cache.reader.return_event(job, minion) is None
+    assert cache.reader.stored_at(JID, minion) is None
 
 
 @pytest.mark.parametrize("jid", ["..", "", "nocache", "req", "../" + JID, JID + "\0", "x" * 5000, "\udcff", JID[:-1]])
@@ -316,20 +345,27 @@ def test_a_jid_that_is_none_leads_nowhere_and_raises_nothing(cache: Cache, jid: 
     assert cache.reader.present([(jid, "web1"), (jid, "")]) == [False, False]
 
 
-def test_a_cache_that_may_not_be_read_has_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOMEM])
+@pytest.mark.parametrize("call", ["open", "stat", "scandir", "read"])
+def test_an_error_that_says_nothing_about_a_file_is_no_answer(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
     cache.job(JID, load_of(), ["web1"])
-    cache.returned(JID, "web1", True)
+    if call != "scandir":
+        cache.returned(JID, "web1", True)
+    else:  # only then the folder is looked through
+        (cache.folder(JID) / "web1").mkdir()
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise PermissionError(13, "Permission denied")
+        raise OSError(number, os.strerror(number))
 
-    for name in ("open", "scandir", "stat"):
-        monkeypatch.setattr(os, name, refuse)
-    said, present, folders = cache.confirm(RETURN, return_data()), [], []
-    present = cache.reader.present([(JID, "web1"), (JID, "")])
-    folders = cache.reader.folders(since=0, before=None, most=5)
+    monkeypatch.setattr(os, call, refuse)
+    said = cache.confirm(RETURN, return_data(value="another"))
+    present = cache.reader.present([(JID, "web1")])
     monkeypatch.undo()
-    assert (said, present, folders) == (None, [False, False], [])
+    assert isinstance(said, Unreadable) or (call == "stat" and said is None)
+    assert os.strerror(number) in said.error if isinstance(said, Unreadable) else True
+    assert present == [True] or call != "stat", "it is looked at, and so waits"
 
 
 # A publish
@@ -373,6 +409,13 @@ def test_a_forged_publish_of_any_types_raises_nothing(cache: Cache, changes: dic
     assert said["missing"] == []
 
 
+def test_the_load_of_a_salt_call_is_nobodys_publish(cache: Cache) -> None:
+    """A forged one would give the job another user, target and arguments."""
+    cache.job(JID, {**return_data(), "arg": [1], "tgt": "web1", "tgt_type": "glob"})
+    assert cache.confirm(NEW, new_data()) is None
+    assert cache.reader.publish(JID) is None
+
+
 @hypothesis.given(
     st.dictionaries(
         st.sampled_from(["tgt", "tgt_type", "fun", "arg", "user", "kwargs", "ret", "return", "id"]), values.packable
@@ -395,12 +438,13 @@ def test_whatever_stands_in_the_cache_and_in_the_event_raises_nothing(
         event = records.open_event(tag.encode() + b"\n\n" + values.packed({"jid": JID, **data}))
         if isinstance(event, Opened):
             (said,) = cache.reader.confirm([event], PATIENCE)
-            assert said is None or isinstance(said, (dict, NoCache))
+            assert said is None or isinstance(said, (Opened, Ignored))
+            if isinstance(said, Opened):
+                records.refusal(said.job, said.data, SELECTION)
     job = cache.read(JID)
-    assert SELECTION.skips("x") is False
-    cache.reader.new_event(job)
+    cache.reader.publish(JID)
     for minion in job.returned:
-        cache.reader.return_event(job, minion)
+        cache.reader.stored_at(JID, minion)
 
 
 @pytest.mark.parametrize("place", ["load", "kwargs"])
@@ -409,25 +453,19 @@ def test_credentials_of_eauth_are_taken_out(cache: Cache, place: str) -> None:
     load = load_of(**secrets) if place == "load" else load_of(kwargs={"a": 1, **secrets})
     cache.job(JID, load, ["web1"])
     cache.returned(JID, "web1", True)
-    job = cache.read(JID)
-    new, returned = cache.reader.new_event(job), cache.reader.return_event(job, "web1")
-    assert new is not None
-    assert returned is not None
+    returned = cache.confirm(RETURN, return_data())
     said = cache.confirm(NEW, new_data())
     assert said["kwargs"]["metadata" if place == "load" else "a"]
-    for text in (repr(said), repr(new), repr(returned), repr(job.load)):
+    for text in (repr(said), repr(returned), repr(cache.reader.publish(JID))):
         assert "s3cret" not in text
 
 
-def test_the_parts_of_a_batch_job_keep_their_own_minions(cache: Cache) -> None:
-    """3008 publishes a batch job part by part under one jid, and the folder has the minions of all."""
-    cache.job(JID, load_of(tgt=["web1", "web2", "web3"], tgt_type="list"), ["web1", "web2", "web3"])
-    for part in (["web1", "web2"], ["web3"]):
-        data = new_data(tgt=part, tgt_type="list", minions=part)
-        said = cache.confirm(NEW, data)
-        assert (said["minions"], said["tgt"]) == (part, part)
-    forged = cache.confirm(NEW, new_data(tgt=["web1", "db1"], tgt_type="list", minions=["web1", "db1"]))
-    assert (forged["minions"], forged["tgt"]) == (["web1"], ["web1", "web2", "web3"])
+def test_the_parts_of_a_batch_job_are_one_job(cache: Cache) -> None:
+    """3008 publishes a batch job part by part under one jid: the load is one part's, and the folder has all minions."""
+    cache.job(JID, load_of(tgt=["web3"], tgt_type="list"), ["web1", "web2", "web3"])
+    for part in (["web1", "web2"], ["web3"], ["web1", "db1"]):
+        said = cache.confirm(NEW, new_data(tgt=part, tgt_type="list", minions=part))
+        assert (said["minions"], said["tgt"]) == (["web1", "web2", "web3"], ["web3", "web1", "web2"])
 
 
 def test_the_minions_of_syndics_are_of_the_job_too(cache: Cache) -> None:
@@ -446,8 +484,9 @@ def test_a_publish_waits_for_its_minions_which_are_written_a_moment_later(cache:
 
 def test_a_minion_is_missing_only_if_the_job_was_aimed_at_it(cache: Cache) -> None:
     cache.job(JID, load_of(tgt=["web1", "db1"], tgt_type="list"), ["web1"])
-    said = cache.confirm(NEW, new_data(tgt=["web1", "db1"], tgt_type="list", minions=["web1"], missing=["db1", "xy"]))
-    assert said["missing"] == ["db1"]
+    for missing in ([], ["db1"], ["web1", "db1", "xy"]):
+        said = cache.confirm(NEW, new_data(tgt=["web1", "db1"], tgt_type="list", minions=["web1"], missing=missing))
+        assert said["missing"] == ["db1"]
 
 
 # The master's own jobs
@@ -467,17 +506,35 @@ def test_a_masters_job_is_confirmed_by_its_return_under_the_masters_id(cache: Ca
 
 
 @pytest.mark.parametrize("kind", ["run", "wheel"])
-def test_the_start_of_a_masters_job_is_confirmed_by_its_process_or_its_load(cache: Cache, kind: str) -> None:
-    tag, data = f"salt/{kind}/{JID}/new", master_data()
-    assert cache.confirm(tag, data) is None
+def test_the_start_of_a_masters_job_is_told_by_its_process_and_then_by_its_return(cache: Cache, kind: str) -> None:
+    fun = "runner.jobs.active" if kind == "run" else "wheel.key.list_all"
+    genuine = {"fun": fun, "jid": JID, "user": "root", "fun_args": [1]}
+    tag, forged = f"salt/{kind}/{JID}/new", master_data("runner.x", user="forged", fun_args=["forged"], x=1)
+    assert cache.confirm(tag, forged) is None
     assert cache.reader.present([(JID, "")]) == [False]
+    cache.job(JID, load_of(), ["web1"])
+    cache.returned(JID, "web1", True)
+    assert cache.confirm(tag, forged) is None, "somebody's job is nobody's runner"
     (cache.cachedir / "proc").mkdir()
-    (cache.cachedir / "proc" / JID).touch()
-    assert cache.confirm(tag, data) == data
+    (cache.cachedir / "proc" / JID).write_bytes(values.packed({**genuine, "pid": 4711}))
+    assert cache.confirm(tag, forged) == {**genuine, "_stamp": STAMP}
     assert cache.reader.present([(JID, "")]) == [True]
+    (cache.cachedir / "proc" / JID).write_bytes(values.packed({**genuine, "jid": OTHER}))
+    assert cache.confirm(tag, forged) is None
     (cache.cachedir / "proc" / JID).unlink()
-    cache.job(JID, {"fun": "x", "return": 1})
-    assert cache.confirm(tag, data) == data
+    cache.returned(JID, MASTER, {**genuine, "return": 1})
+    assert cache.confirm(tag, forged) == {**genuine, "_stamp": STAMP}
+    other = "wheel" if kind == "run" else "run"
+    assert cache.confirm(f"salt/{other}/{JID}/new", forged) is None
+
+
+def test_a_runners_return_in_a_minions_tag_is_the_runners(cache: Cache) -> None:
+    cached = {key: value for key, value in master_data().items() if key != "_stamp"}
+    cache.job(JID, {"id": MASTER, "tgt": MASTER, "jid": JID, "return": cached, "fun": "runner.jobs.active"})
+    cache.returned(JID, MASTER, cached)
+    (said,) = cache.reader.confirm([opened(f"salt/job/{JID}/ret/{MASTER}", return_data(minion=MASTER))], PATIENCE)
+    assert isinstance(said, Opened)
+    assert (said.tag, said.data) == (f"salt/run/{JID}/ret", {**cached, "_stamp": STAMP})
 
 
 # Many at once
@@ -490,18 +547,21 @@ def test_each_event_gets_its_own_answer_and_each_load_is_read_once(
     for n in range(0, 50, 2):
         cache.returned(JID, f"web{n}", n, retcode=0, success=True)
     read: list[str] = []
-    real = jobcache._read
+    real = jobcache._content
 
-    def counted(path: str, folder_fd: int | None = None) -> Any:
+    def counted(path: str, *more: Any) -> Any:
         read.append(path)
-        return real(path, folder_fd)
+        return real(path, *more)
 
-    monkeypatch.setattr(jobcache, "_read", counted)
+    monkeypatch.setattr(jobcache, "_content", counted)
     events = [opened(f"salt/job/{JID}/ret/web{n}", return_data(minion=f"web{n}", value=n)) for n in range(50)]
     said = cache.reader.confirm(
         [*events, opened(f"salt/job/{OTHER}/ret/a", return_data(jid=OTHER, minion="a"))], PATIENCE
     )
-    assert said == [*(event.data if n % 2 == 0 else None for n, event in enumerate(events)), None]
+    assert [each.data if isinstance(each, Opened) else each for each in said] == [
+        *(event.data if n % 2 == 0 else None for n, event in enumerate(events)),
+        None,
+    ]
     assert sum(path.endswith(".load.p") for path in read) <= 2
 
 
@@ -517,7 +577,7 @@ def test_a_step_of_many_jobs_takes_few_descriptors(cache: Cache) -> None:
         said = cache.reader.confirm(events, PATIENCE)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert said == [event.data for event in events]
+    assert [each.data for each in said if isinstance(each, Opened)] == [event.data for event in events]
 
 
 # What is to be compared
@@ -542,7 +602,7 @@ def test_a_job_says_who_returned_and_what_it_was(cache: Cache) -> None:
     cache.returned(JID, "web2", True)
     cache.returned(JID, "web1", True, out="txt")
     job = cache.read(JID)
-    assert (job.jid, sorted(job.returned), job.load) == (JID, ["web1", "web2"], load_of())
+    assert job._replace(returned=sorted(job.returned)) == Job(JID, "test.arg", True, True, ["web1", "web2"])
 
 
 @pytest.mark.parametrize("left", [b"", b"2026"])
@@ -558,7 +618,7 @@ def test_a_return_that_a_dying_master_had_not_renamed_yet_is_found(cache: Cache)
     whole = file.read_bytes()
     unfinished = file.rename(file.with_name(".___atomic_write5x3k"))
     assert cache.confirm(RETURN, return_data()) == return_data()
-    assert cache.reader.return_event(cache.read(JID), "web1") is not None
+    assert cache.reader.stored_at(JID, "web1") is not None
     unfinished.write_bytes(whole[:-1])
     assert cache.confirm(RETURN, return_data()) is None
 
@@ -586,14 +646,11 @@ def test_what_is_no_jobs_folder_is_passed_over(cache: Cache) -> None:
 
 def test_a_jobs_publish_is_told_as_the_bus_would_have(cache: Cache) -> None:
     cache.job(JID, load_of(), ["web2", "web1"])
-    job = cache.read(JID)
-    body = cache.reader.new_event(job)
-    assert body is not None
-    event = records.open_event(body)
-    assert isinstance(event, Opened)
-    assert event.tag == NEW
-    record = records.interpret(event, 0.0, SELECTION)
-    genuine = records.interpret(opened(NEW, cache.confirm(NEW, new_data())), 0.0, SELECTION)
+    (said,) = cache.reader.confirm([opened(NEW, {"jid": JID})], PATIENCE)
+    assert isinstance(said, Opened)
+    assert (said.tag, said.data) == (NEW, cache.reader.publish(JID))
+    record = records.interpret(said, 0.0, SELECTION)
+    genuine = records.interpret(opened(NEW, {**new_data(), "kwargs": load_of()["kwargs"], "ret": ""}), 0.0, SELECTION)
     assert isinstance(record, Record)
     assert record == genuine
 
@@ -604,7 +661,9 @@ def test_a_jobs_publish_is_told_as_the_bus_would_have(cache: Cache) -> None:
     ids=repr,
 )
 def test_a_load_that_is_no_publishs_makes_no_publish(cache: Cache, load: dict[str, Any]) -> None:
-    assert cache.reader.new_event(Job(JID, load, [])) is None
+    cache.job(JID, load, ["web1"])
+    assert cache.reader.publish(JID) is None
+    assert cache.confirm(NEW, new_data()) is None
 
 
 def test_names_in_a_jobs_folder_that_are_no_text_hinder_nothing(cache: Cache) -> None:
@@ -614,8 +673,8 @@ def test_names_in_a_jobs_folder_that_are_no_text_hinder_nothing(cache: Cache) ->
         file.write(values.packed({"return": 1}))
     cache.returned(JID, "web1", 1)
     job = cache.read(JID)
-    made = [cache.reader.return_event(job, minion) for minion in sorted(job.returned)]
-    assert sum(event is not None for event in made) == 1
+    stored = [cache.reader.stored_at(JID, minion) for minion in sorted(job.returned)]
+    assert sum(at is not None for at in stored) == 1
 
 
 def row(body: bytes | Opened) -> dict[str, Any]:
@@ -672,7 +731,7 @@ def test_a_return_from_the_cache_is_the_row_of_the_genuine_event(
         tag, minion = RETURN, "web1"
         data = return_data(value=value, retcode=retcode, success=success, fun=fun, fun_args=args)
         if out:
-            data["out"] = out
+            data = {**{key: its for key, its in data.items() if key != "_stamp"}, "out": out, "_stamp": STAMP}
         if how == "called":  # the master adds what its load of a publish would have
             del data["success"], data["user"]
             cache.job(JID, {**data, "arg": args, "tgt": "web1", "tgt_type": "glob"})
@@ -683,18 +742,19 @@ def test_a_return_from_the_cache_is_the_row_of_the_genuine_event(
     event = records.open_event(tag.encode() + b"\n\n" + values.packed(data))
     if not isinstance(event, Opened):  # Python cannot hold it
         return
-    job = cache.read(JID)
-    made = cache.reader.return_event(job, minion)
-    assert made is not None
+    stored_at = cache.reader.stored_at(JID, minion)
+    assert stored_at is not None
+    stub = records.open_event(records.stub(JID, minion, stored_at))
+    assert isinstance(stub, Opened)
+    (made,) = cache.reader.confirm([stub], 0.0)
+    assert isinstance(made, Opened)
     assert row(made) == row(event)
-    (said,) = cache.reader.confirm([event], PATIENCE)
-    assert isinstance(said, dict)
-    assert row(records.with_payload(event, said)) == row(event)
-    assert jsontext.dumps(said) == jsontext.dumps(event.data) or how in ("run", "wheel")
+    (said,) = cache.reader.confirm([event], 0.0)
+    assert isinstance(said, Opened)
+    assert row(said) == row(event)
     if how == "published":
-        again = records.open_event(made)
-        assert isinstance(again, Opened)
-        assert again.data["_stamp"] == "2026-01-02T03:04:05.250000+00:00"
+        assert jsontext.dumps(said.data) == jsontext.dumps(event.data)
+        assert made.data["_stamp"] == "2026-01-02T03:04:05.250000+00:00"
 
 
 # As Salt writes it
@@ -734,17 +794,17 @@ def test_what_salts_own_local_cache_wrote_is_read(tmp_path: Path, hash_type: str
         ],
         PATIENCE,
     )
-    assert said[:2] == [data, second]
-    assert said[2] == {**new_data(), "kwargs": load["kwargs"], "ret": ""}
-    assert isinstance(said[3], NoCache)
+    assert [each.data for each in said if isinstance(each, Opened)] == [
+        data,
+        second,
+        {**new_data(), "kwargs": load["kwargs"], "ret": ""},
+    ]
+    assert said[3] is Ignored.NOCACHE
     folders = reader.folders(since=0, before=None, most=10)
     assert len(folders) == 2
     (job,) = [job for job in map(reader.job, folders) if job]
     assert (job.jid, sorted(job.returned)) == (JID, ["web1", "web2"])
-    for minion, genuine in (("web1", data), ("web2", second)):
-        made = reader.return_event(job, minion)
-        assert made is not None
-        assert row(made) == row(opened(f"salt/job/{JID}/ret/{minion}", genuine))
+    assert all(reader.stored_at(JID, minion) is not None for minion in job.returned)
 
 
 def test_the_files_of_these_tests_are_msgpack_as_salts() -> None:

@@ -26,7 +26,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from salt_mysql_engine import journal as journal_module
 from salt_mysql_engine import journalfile
 from salt_mysql_engine.errors import JournalError
-from salt_mysql_engine.journal import Caps, DeadLetter, Entry, Journal, NewEvent, Settlement, Waiting
+from salt_mysql_engine.journal import Caps, DeadLetter, Entry, Journal, NewEvent, Settlement
+from salt_mysql_engine.journalfile import CONFIRMED, STUB, UNCHECKED
+
+STATES = (UNCHECKED, CONFIRMED, STUB)
 
 
 @pytest.fixture
@@ -37,13 +40,22 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     opened.close()
 
 
-def events(count: int, *, body: bytes = b"body", trusted: bool = False) -> list[NewEvent]:
-    return [NewEvent(1000.0 + n, f"jid{n}", f"minion{n}", body, trusted) for n in range(count)]
+def events(count: int, *, body: bytes = b"body", state: int = UNCHECKED) -> list[NewEvent]:
+    return [NewEvent(1000.0 + n, f"jid{n}", f"minion{n}", body, state) for n in range(count)]
 
 
-def everything(journal: Journal) -> list[Entry]:
+def in_each_state(count: int) -> list[NewEvent]:
+    """Events with other bytes each, in one state after the other."""
+    return [NewEvent(1000.0 + n, f"jid{n}", f"minion{n}", b"body %d" % n, STATES[n % 3]) for n in range(count)]
+
+
+def everything(journal: Journal, *, after: int = 0) -> list[Entry]:
     """All that is pending; taken for no batch by this look."""
-    return journal.read(after=0, rows=10**6, max_bytes=10**9, take=False)
+    taken_through = journal.taken_through
+    try:
+        return journal.read(after=after, rows=10**6, max_bytes=10**9)
+    finally:
+        journal._taken_through = taken_through
 
 
 def all_seqs(journal: Journal) -> list[int]:
@@ -60,7 +72,7 @@ def balance(journal: Journal) -> int:
 def dead_letters(journal: Journal) -> list[tuple[object, ...]]:
     with closing(sqlite3.connect(journal.path)) as db:
         return db.execute(
-            "SELECT seq, captured_at, jid, minion, body, reason, error FROM dead_letters ORDER BY seq"
+            "SELECT seq, captured_at, jid, minion, body, state, reason, error FROM dead_letters ORDER BY seq"
         ).fetchall()
 
 
@@ -68,10 +80,12 @@ def tables(journal: Journal) -> dict[str, list[tuple[object, ...]]]:
     """Every row of the file, by table, but for times of death."""
     statements = {
         "events": "SELECT * FROM events ORDER BY seq",
-        "waiting": "SELECT * FROM waiting ORDER BY seq",
-        "dead_letters": "SELECT seq, captured_at, jid, minion, body, error, reason FROM dead_letters ORDER BY seq",
+        "dead_letters": (
+            "SELECT seq, captured_at, jid, minion, state, body, error, reason FROM dead_letters ORDER BY seq"
+        ),
         "counters": "SELECT * FROM counters WHERE value <> 0 ORDER BY name",
         "marks": "SELECT * FROM marks ORDER BY name",
+        "notes": "SELECT * FROM notes ORDER BY name",
     }
     with closing(sqlite3.connect(journal.path)) as db:
         return {name: db.execute(statement).fetchall() for name, statement in statements.items()}
@@ -89,10 +103,10 @@ def mode(path: Path) -> int:
 
 
 def test_what_is_appended_is_read_back_oldest_first_as_it_was(journal: Journal) -> None:
-    given = [NewEvent(n / 7, "j", "m", bytes([n]) * n) for n in range(256)]
+    given = [NewEvent(n / 7, "j", "m", bytes([n]) * n, STATES[n % 3]) for n in range(256)]
     journal.append(given)
     entries = everything(journal)
-    assert [entry[1:] for entry in entries] == [(event.captured_at, event.body, False) for event in given]
+    assert [entry[1:] for entry in entries] == [(event.captured_at, event.body, event.state) for event in given]
     assert (journal.pending, journal.oldest(), journal.oldest_seq()) == (256, 0.0, entries[0].seq)
     assert journal.newest_seq() == entries[-1].seq
 
@@ -112,10 +126,118 @@ def test_a_read_goes_on_where_the_last_one_ended(journal: Journal) -> None:
     assert read == everything(journal)
 
 
+def test_what_nobody_said_a_state_of_is_unchecked(journal: Journal) -> None:
+    journal.append([NewEvent(1.0, "j", "m", b"")])
+    assert [entry.state for entry in everything(journal)] == [UNCHECKED]
+    assert Entry(1, 1.0, b"").state == UNCHECKED
+
+
 def test_a_read_ends_with_the_entry_that_reaches_its_bytes(journal: Journal) -> None:
     journal.append(events(10, body=bytes(100)))
     for max_bytes, rows in ((1, 1), (100, 1), (101, 2), (200, 2), (5000, 10)):
         assert len(journal.read(after=0, rows=10, max_bytes=max_bytes)) == rows
+
+
+def test_a_look_takes_nothing_and_leaves_out_what_is_confirmed(journal: Journal) -> None:
+    journal.append(in_each_state(9))
+    all_of_them = everything(journal)
+    looked = journal.read(after=0, rows=100, max_bytes=10**6, take=False)
+    assert looked == [entry for entry in all_of_them if entry.state != CONFIRMED]
+    assert len(looked) == 6
+    assert journal.read(after=looked[1].seq, rows=2, max_bytes=10**6, take=False) == looked[2:4]
+    assert journal.taken_through == 0
+    assert journal.read(after=0, rows=5, max_bytes=10**6) == all_of_them[:5]
+    assert journal.taken_through == all_of_them[4].seq
+
+
+def test_entries_are_read_by_their_numbers_as_long_as_they_are_there(journal: Journal) -> None:
+    journal.append(in_each_state(9))
+    entries = everything(journal)
+    seqs = [entry.seq for entry in entries]
+    journal.settle(Settlement([seqs[2]], {"written": 1}, {}))
+    bury(journal, [seqs[4]])
+    assert journal.read_these([seqs[7], seqs[2], seqs[0], 10**9, seqs[4], seqs[5]], 10**6) == (
+        [entries[7], entries[0], entries[5]],
+        6,
+    )
+    assert journal.read_these([seqs[2], seqs[4]], 10**6) == ([], 2)
+    assert journal.read_these([], 10**6) == ([], 0)
+    assert journal.taken_through == 0, "they were taken before, or are no batch's"
+
+
+def test_a_read_by_numbers_ends_with_the_entry_that_reaches_its_bytes_and_can_go_on(journal: Journal) -> None:
+    journal.append(events(10, body=bytes(100)))
+    entries = everything(journal)
+    seqs = [entry.seq for entry in entries]
+    for max_bytes, rows in ((1, 1), (100, 1), (101, 2), (200, 2), (5000, 10)):
+        assert journal.read_these(seqs, max_bytes) == (entries[:rows], rows)
+    journal.settle(Settlement(seqs[:4] + seqs[8:], {"written": 6}, {}))
+    assert journal.read_these(seqs, 100) == (entries[4:5], 5), "those that are gone were looked at too"
+    left, read = list(seqs), []
+    while left:
+        some, looked = journal.read_these(left, 150)
+        assert looked > 0
+        read += some
+        left = left[looked:]
+    assert read == everything(journal) == entries[4:8]
+
+
+def test_what_is_confirmed_stays_in_its_place_with_other_bytes(journal: Journal) -> None:
+    given = in_each_state(9)
+    journal.append(given)
+    before, rows = everything(journal), tables(journal)["events"]
+    books = journal.books()
+    new = {before[0].seq: b"", before[2].seq: bytes(20_000), before[4].seq: b"other", before[8].seq: before[8].body}
+    journal.confirm(new)
+    journal.confirm({})
+    for _ in range(2):  # and after a restart
+        assert everything(journal) == [
+            entry._replace(body=new[entry.seq], state=CONFIRMED) if entry.seq in new else entry for entry in before
+        ]
+        assert [row[:4] for row in tables(journal)["events"]] == [row[:4] for row in rows], "seq, time, jid, minion"
+        assert (journal.books(), journal.pending, balance(journal)) == (books, 9, 0)
+        assert journal.known([event.jid for event in given]) == {(event.jid, event.minion) for event in given}
+        assert [entry.seq for entry in journal.read(after=0, rows=100, max_bytes=10**6, take=False)] == [
+            before[n].seq for n in (3, 5, 6)
+        ]
+        journal.close()
+        journal.open()
+
+
+def test_confirming_what_is_not_pending_changes_nothing(journal: Journal) -> None:
+    journal.append(in_each_state(3))
+    seqs = all_seqs(journal)
+    bury(journal, seqs[:1])
+    journal.settle(Settlement(seqs[1:2], {"written": 1}, {}))
+    before = tables(journal)
+    journal.confirm({seqs[0]: b"dead", seqs[1]: b"written", 10**6: b"never was"})
+    assert (tables(journal), journal.pending, balance(journal)) == (before, 1, 0)
+
+
+def test_a_confirmation_is_all_or_none(journal: Journal) -> None:
+    journal.append(events(2))
+    first, second = everything(journal)
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.confirm({first.seq: b"new", second.seq: None})  # type: ignore[dict-item] # the point
+    assert everything(journal) == [first, second]
+
+
+def test_notes_and_marks_are_known_after_a_restart_and_a_kill(journal: Journal, tmp_path: Path) -> None:
+    assert (journal.note("a"), journal.mark("a")) == (None, None)
+    long = "\N{SNOWMAN}; 'quoted' \x00 " * 5000
+    journal.set_note("a", "first")
+    journal.set_note("a", long)
+    journal.set_note("empty", "")
+    journal.set_note("b", "1.5")
+    journal.set_mark("a", 2.5)
+    killed = Journal(Path(shutil.copytree(journal.path.parent, tmp_path / "killed")))
+    journal.close()
+    journal.open()
+    killed.open()
+    for each in (journal, killed):
+        assert (each.note("a"), each.note("empty"), each.note("b"), each.note("c")) == (long, "", "1.5", None)
+        assert (each.mark("a"), each.mark("b")) == (2.5, None)
+    killed.close()
 
 
 def test_an_append_of_many_events_is_all_or_none(journal: Journal) -> None:
@@ -172,11 +294,11 @@ def test_ranges_hold_the_same_numbers_in_the_fewest_runs(numbers: set[int]) -> N
 
 
 def test_a_dead_letter_keeps_its_event_and_gets_its_error(journal: Journal) -> None:
-    given = events(3)
+    given = in_each_state(3)
     journal.append(given)
     seqs = [entry.seq for entry in everything(journal)]
     journal.settle(Settlement(seqs[:2], {"written": 1}, {seqs[1]: ("refused", "Data too long")}))
-    assert dead_letters(journal) == [(seqs[1], *given[1][:4], "refused", "Data too long")]
+    assert dead_letters(journal) == [(seqs[1], *given[1], "refused", "Data too long")]
     books = journal.books()
     assert (books["written"], books["dead_letters"], books["pending"], balance(journal)) == (1, 1, 1, 0)
 
@@ -205,23 +327,23 @@ def test_event_keys_are_the_same_after_reopening_and_no_other_journals(journal: 
 
 # Any sequence
 
-FATES = ("written", "duplicates", "ignored.peer", "ignored.nocache", "refused", "fault")
-REASONS = ("refused", "fault")
+REASONS = ("refused", "fault", "unconfirmed")
+FATES = ("written", "duplicates", "ignored.peer", "ignored.nocache", *REASONS)
 
 
 class JournalAgainstADict(RuleBasedStateMachine):
-    """``pending``, ``waiting`` and ``dead`` are the model: what is under each ``seq``; ``fates`` counts the others."""
+    """``pending`` and ``dead`` are the model: what is under each ``seq``; ``fates`` counts the others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.generation = 0
         self.pending: dict[int, NewEvent] = {}
-        self.waiting: dict[int, tuple[NewEvent, float]] = {}
         self.dead: dict[int, tuple[NewEvent, str, str]] = {}
         self.fates: collections.Counter[str] = collections.Counter()
         self.marks: dict[str, float] = {}
-        self.captured = self.highest = self.verified = 0
+        self.notes: dict[str, str] = {}
+        self.captured = self.highest = 0
         self.open()
 
     def open(self) -> None:
@@ -230,80 +352,80 @@ class JournalAgainstADict(RuleBasedStateMachine):
 
     def came(self, given: list[NewEvent]) -> None:
         """These are new in the line, behind all others, under numbers never used before."""
-        new = self.journal.read(after=self.highest, rows=1000, max_bytes=10**6, take=False)
-        assert [(entry.captured_at, entry.body) for entry in new] == [
-            (event.captured_at, event.body) for event in given
-        ]
+        new = everything(self.journal, after=self.highest)
+        assert [entry[1:] for entry in new] == [(event.captured_at, event.body, event.state) for event in given]
         for entry, event in zip(new, given, strict=True):
             assert entry.seq > self.highest, "a seq was used again"
             self.highest = entry.seq
             self.pending[entry.seq] = event
 
     @rule(
-        bodies=st.lists(st.binary(max_size=20), max_size=6), many=st.sampled_from([0, 0, 0, 300]), trusted=st.booleans()
+        bodies=st.lists(st.binary(max_size=20), max_size=6),
+        many=st.sampled_from([0, 0, 0, 300]),
+        states=st.lists(st.sampled_from(STATES), min_size=1, max_size=4),
     )
-    def append(self, bodies: list[bytes], many: int, trusted: bool) -> None:
-        given = [NewEvent(float(n), f"j{n}", "m", body, trusted) for n, body in enumerate(bodies + [b""] * many)]
+    def append(self, bodies: list[bytes], many: int, states: list[int]) -> None:
+        given = [
+            NewEvent(float(n), f"j{n}", "m", body, state)
+            for n, (body, state) in enumerate(zip(bodies + [b""] * many, itertools.cycle(states)))
+        ]
         assert self.journal.append(given) == len(given)
         self.captured += len(given)
         self.came(given)
 
-    @rule(data=st.data(), skip=st.integers(0, 3), count=st.integers(1, 400), trimmed=st.integers(0, 2))
-    def settle(self, data: st.DataObject, skip: int, count: int, trimmed: int) -> None:
+    @rule(
+        data=st.data(),
+        skip=st.integers(0, 3),
+        count=st.integers(1, 400),
+        trimmed=st.integers(0, 2),
+        gap=st.integers(1, 3),
+    )
+    def settle(self, data: st.DataObject, skip: int, count: int, trimmed: int, gap: int) -> None:
         seqs = list(self.pending)[skip : skip + count]
         some = data.draw(st.lists(st.sampled_from(FATES), min_size=1, max_size=5))
         fates = dict(zip(seqs, itertools.cycle(some)))
         dead = {seq: (fate, f"error {seq}") for seq, fate in fates.items() if fate in REASONS}
         counts = collections.Counter(fate for fate in fates.values() if fate not in REASONS)
-        self.journal.settle(Settlement(seqs[::-1], {**counts, "trimmed": trimmed}, dead))
+        confirmed = {seq: b"confirmed " + self.pending[seq].body for seq in list(dead)[gap - 1 :: gap]}
+        self.journal.settle(Settlement(seqs[::-1], {**counts, "trimmed": trimmed}, dead, confirmed))
+        self.were_confirmed(confirmed)
         self.fates += counts
         self.fates["trimmed"] += trimmed
         self.dead.update({seq: (self.pending[seq], *why) for seq, why in dead.items()})
         for seq in seqs:
             del self.pending[seq]
 
-    @rule(skip=st.integers(0, 3), count=st.integers(1, 400), gap=st.integers(1, 3), since=st.floats(0, 10**9))
-    def wait(self, skip: int, count: int, gap: int, since: float) -> None:
-        seqs = list(self.pending)[skip : skip + count : gap]
-        told = self.journal.wait([*seqs, self.highest + 7], since=since)
-        events = [self.pending.pop(seq) for seq in seqs]
-        assert told == [Waiting(seq, event.jid, "m", since) for seq, event in zip(seqs, events, strict=True)]
-        self.waiting.update({seq: (event, since) for seq, event in zip(seqs, events, strict=True)})
+    @rule(skip=st.integers(0, 3), count=st.integers(1, 400), gap=st.integers(1, 3))
+    def confirm(self, skip: int, count: int, gap: int) -> None:
+        """Some that are pending, and some that are not."""
+        bodies = {seq: b"confirmed " + self.pending[seq].body for seq in list(self.pending)[skip : skip + count : gap]}
+        self.journal.confirm({**bodies, **dict.fromkeys([*self.dead, self.highest + 7], b"nobody's")})
+        self.were_confirmed(bodies)
 
-    @rule(data=st.data())
-    def end_waiting(self, data: st.DataObject) -> None:
-        ends = dict(
-            zip(
-                self.waiting,
-                itertools.cycle(
-                    data.draw(
-                        st.lists(st.sampled_from(["confirmed", "dead", "ignored", "not yet"]), min_size=1, max_size=5)
-                    )
-                ),
-            )
-        )
-        chosen = {end: [seq for seq, its in ends.items() if its == end] for end in ("confirmed", "dead", "ignored")}
-        bodies = self.journal.bodies_of_waiting(list(self.waiting))
-        assert bodies == {seq: (event.captured_at, event.body) for seq, (event, _) in self.waiting.items()}
-        again = self.journal.end_waiting(
-            confirmed={seq: b"confirmed " + bodies[seq][1] for seq in chosen["confirmed"]},
-            dead={seq: f"error {seq}" for seq in chosen["dead"]},
-            ignored=dict.fromkeys(chosen["ignored"], "nocache"),
-        )
-        assert again == len(chosen["confirmed"])
-        ended = {seq: self.waiting.pop(seq)[0] for seqs in chosen.values() for seq in seqs}
-        self.came(
-            [ended[seq]._replace(body=b"confirmed " + ended[seq].body, trusted=True) for seq in chosen["confirmed"]]
-        )
-        self.dead.update({seq: (ended[seq], "unconfirmed", f"error {seq}") for seq in chosen["dead"]})
-        self.fates["ignored.nocache"] += len(chosen["ignored"])
+    def were_confirmed(self, bodies: dict[int, bytes]) -> None:
+        for seq, body in bodies.items():
+            self.pending[seq] = self.pending[seq]._replace(body=body, state=CONFIRMED)
+
+    @rule(seqs=st.lists(st.integers(1, 700), max_size=30), max_bytes=st.integers(1, 400))
+    def read_these(self, seqs: list[int], max_bytes: int) -> None:
+        entries, looked = self.journal.read_these(seqs, max_bytes)
+        assert [entry.seq for entry in entries] == [seq for seq in seqs[:looked] if seq in self.pending]
+        assert all(entry == self.entry(entry.seq) for entry in entries)
+        sizes = [len(entry.body) for entry in entries]
+        assert looked == len(seqs) or sum(sizes) >= max_bytes
+        assert sum(sizes[:-1]) < max_bytes
+
+    def entry(self, seq: int) -> Entry:
+        event = self.pending[seq]
+        return Entry(seq, event.captured_at, event.body, event.state)
 
     @rule(which=st.integers(0, 5), every=st.booleans(), trusted=st.booleans())
     def retry(self, which: int, every: bool, trusted: bool) -> None:
         seqs = sorted(self.dead) if every else sorted(self.dead)[which : which + 1]
         seq = None if every else seqs[0] if seqs else self.highest + 7
         assert self.journal.retry_dead_letters(seq, trusted=trusted) == len(seqs)
-        self.came([self.dead.pop(seq)[0]._replace(trusted=trusted) for seq in seqs])
+        again = [self.dead.pop(seq)[0] for seq in seqs]
+        self.came([event._replace(state=CONFIRMED) if trusted else event for event in again])
 
     @rule(which=st.integers(0, 5), every=st.booleans())
     def delete(self, which: int, every: bool) -> None:
@@ -314,23 +436,19 @@ class JournalAgainstADict(RuleBasedStateMachine):
         for seq in seqs:
             del self.dead[seq]
 
-    @rule(count=st.integers(1, 400), gap=st.integers(1, 9))
-    def verify(self, count: int, gap: int) -> None:
-        seqs = [seq for seq in self.pending if seq > self.verified][:count]
-        if seqs:
-            replaced = dict.fromkeys(seqs[::gap], b"verified")
-            self.journal.verified(seqs[-1], replaced)
-            self.verified = seqs[-1]
-            self.pending.update({seq: self.pending[seq]._replace(body=body) for seq, body in replaced.items()})
-
     @rule(name=st.sampled_from(["a", "b"]), value=st.floats(0, 10**10))
     def mark(self, name: str, value: float) -> None:
         self.journal.set_mark(name, value)
         self.marks[name] = value
 
+    @rule(name=st.sampled_from(["a", "b"]), value=st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+    def note(self, name: str, value: str) -> None:
+        self.journal.set_note(name, value)
+        self.notes[name] = value
+
     @rule()
     def grow_too_old(self) -> None:
-        """Everything that nobody holds, but for what waits or is dead."""
+        """Everything that nobody holds, but for what is dead."""
         self.journal.caps = Caps(max_age_seconds=60.0)
         assert not self.journal.tend(10.0**6)
         self.journal.caps = Caps()
@@ -360,35 +478,30 @@ class JournalAgainstADict(RuleBasedStateMachine):
 
     @invariant()
     def it_holds_what_the_model_holds(self) -> None:
-        assert everything(self.journal) == [
-            Entry(seq, event.captured_at, event.body, event.trusted or seq <= self.verified)
-            for seq, event in self.pending.items()
-        ]
-        assert self.journal.pending == len(self.pending) + len(self.waiting)
+        assert everything(self.journal) == [self.entry(seq) for seq in self.pending]
+        looked = self.journal.read(after=0, rows=10**6, max_bytes=10**9, take=False)
+        assert looked == [self.entry(seq) for seq, event in self.pending.items() if event.state != CONFIRMED]
+        assert self.journal.pending == len(self.pending)
         assert self.journal.oldest_seq() == next(iter(self.pending), None)
         assert self.journal.newest_seq() == (list(self.pending) or [0])[-1]
-        assert self.journal.waiting() == [
-            Waiting(seq, event.jid, "m", since) for seq, (event, since) in sorted(self.waiting.items())
-        ]
         assert dead_letters(self.journal) == [
-            (seq, *event[:4], reason, error) for seq, (event, reason, error) in sorted(self.dead.items())
+            (seq, *event, reason, error) for seq, (event, reason, error) in sorted(self.dead.items())
         ]
         assert {name: self.journal.mark(name) for name in ("a", "b")} == {"a": None, "b": None} | self.marks
-        assert self.journal.verified_through == self.verified
+        assert {name: self.journal.note(name) for name in ("a", "b")} == {"a": None, "b": None} | self.notes
 
     @invariant()
     def it_knows_whose_events_it_holds(self) -> None:
         refused = [event for event, reason, _ in self.dead.values() if reason != "unconfirmed"]
-        here = {
-            event.jid for event in (*self.pending.values(), *(event for event, _ in self.waiting.values()), *refused)
-        }
+        here = {event.jid for event in (*self.pending.values(), *refused)}
         assert self.journal.known([f"j{n}" for n in range(310)]) == {(jid, "m") for jid in here}
 
     @invariant()
     def the_books_balance(self) -> None:
         books = self.journal.books()
         assert (books["captured"], books["written"]) == (self.captured, self.fates["written"])
-        assert (books["waiting"], books["trimmed"]) == (len(self.waiting), self.fates["trimmed"])
+        assert (books["pending"], books["dead_letters"]) == (len(self.pending), len(self.dead))
+        assert books["trimmed"] == self.fates["trimmed"]
         for name, counted in (("ignored", books["ignored"]), ("dropped", books["dropped"])):
             expected = {key.partition(".")[2]: n for key, n in self.fates.items() if key.startswith(name) and n}
             assert counted == expected
@@ -580,6 +693,10 @@ def test_what_a_batch_holds_is_never_dropped_for_what_comes(journal: Journal) ->
     journal.caps = Caps(max_bytes=MIB, max_age_seconds=1.0, drop_oldest=True)
     journal.append(events(150, body=bytes(4000)))
     batch = journal.read(after=0, rows=120, max_bytes=10 * MIB)
+    journal.read(after=0, rows=10**6, max_bytes=10 * MIB, take=False)  # holds none of the others
+    journal.read_these(all_seqs(journal), 10 * MIB)
+    journal.confirm({batch[0].seq: batch[0].body, batch[1].seq: b"confirmed"})  # and lets go of none
+    batch[:2] = [batch[0]._replace(state=CONFIRMED), batch[1]._replace(body=b"confirmed", state=CONFIRMED)]
     fill(journal)
     journal.tend(10.0**6)
     assert [entry for entry in everything(journal) if entry.seq <= batch[-1].seq] == batch
@@ -621,7 +738,7 @@ def test_it_warns_at_80_percent_once_and_again_only_after_it_had_room(
     journal.tend(0.0)
     (calm,) = said()
     assert "has room again" in calm
-    fill(journal, groups=9)
+    fill(journal)
     assert len(said()) == 1
 
 
@@ -716,25 +833,115 @@ def test_no_dead_letters_are_kept_where_none_are_wanted(journal: Journal) -> Non
     assert (dropped(journal), balance(journal)) == ({"dead_letters_full": 3}, 0)
 
 
-def test_the_unconfirmed_count_against_the_cap_of_dead_letters_too(journal: Journal) -> None:
-    journal.caps = Caps(dead_letters=2)
-    journal.append(events(5))
+def test_each_reason_has_room_for_as_many_dead_letters_and_pushes_out_none_of_another(journal: Journal) -> None:
+    journal.caps = Caps(dead_letters=5)
+    journal.append(events(40))
     seqs = all_seqs(journal)
-    journal.wait(seqs, since=1.0)
-    journal.end_waiting(dead=dict.fromkeys(seqs, "not in the cache"))
-    assert {letter.reason for letter in journal.dead_letters()} == {"unconfirmed"}
-    assert (len(journal.dead_letters()), dropped(journal), balance(journal)) == (2, {"dead_letters_full": 3}, 0)
+    bury(journal, seqs[:3], "refused")
+    bury(journal, seqs[3:8], "fault")
+    for start in range(8, 38, 3):
+        bury(journal, seqs[start : start + 3], "unconfirmed")
+    assert [letter.seq for letter in journal.dead_letters()] == [*seqs[:8], *seqs[33:38]]
+    assert (dropped(journal), balance(journal)) == ({"dead_letters_full": 25}, 0)
+    why = {seqs[38]: ("fault", "x"), seqs[39]: ("unconfirmed", "x")}
+    journal.settle(Settlement(seqs[38:], {}, why))  # two reasons over it at once
+    assert [letter.seq for letter in journal.dead_letters()] == [*seqs[:3], *seqs[4:8], *seqs[34:40]]
+    assert (dropped(journal), balance(journal)) == ({"dead_letters_full": 27}, 0)
 
 
-def test_what_waits_no_more_when_its_wait_is_ended_changes_nothing(journal: Journal) -> None:
-    journal.append(events(2))
+def test_a_flood_of_large_dead_letters_pushes_out_none_of_a_reason_that_takes_less_room(journal: Journal) -> None:
+    journal.caps = Caps(max_bytes=4 * MIB)
+    journal.append(events(30, body=bytes(100_000)))
     seqs = all_seqs(journal)
-    before = tables(journal)
-    again = journal.end_waiting(
-        confirmed={seqs[0]: b""}, dead={seqs[1]: "x", 10**6: "x"}, ignored={10**6 + 1: "nocache"}
-    )
-    assert (again, journal.pending, balance(journal)) == (0, 2, 0)
-    assert tables(journal) == before
+    bury(journal, seqs[:3], "refused")
+    for seq in seqs[3:27]:
+        bury(journal, [seq], "unconfirmed")
+    assert [letter.seq for letter in journal.dead_letters()] == [*seqs[:3], *seqs[20:27]]
+    for seq in seqs[27:]:  # it has its share though the flood was there first
+        bury(journal, [seq], "fault")
+    assert [letter.seq for letter in journal.dead_letters()] == [*seqs[:3], *seqs[23:]]
+    assert (dropped(journal), balance(journal)) == ({"dead_letters_full": 20}, 0)
+
+
+@pytest.mark.parametrize("reasons", [("refused", "unconfirmed"), ("unconfirmed", "refused")])
+def test_a_reason_that_takes_all_the_room_gives_another_as_much_as_it_keeps(
+    journal: Journal, reasons: tuple[str, str]
+) -> None:
+    journal.caps = Caps(max_bytes=4 * MIB)
+    journal.append(events(30, body=bytes(100_000)))
+    seqs = all_seqs(journal)
+    for number, seq in enumerate(seqs):
+        bury(journal, [seq], reasons[number >= 15])
+    left = [(letter.seq, letter.reason) for letter in journal.dead_letters()]
+    assert left == [(seq, reasons[0]) for seq in seqs[10:15]] + [(seq, reasons[1]) for seq in seqs[25:]]
+    assert (dropped(journal), balance(journal)) == ({"dead_letters_full": 20}, 0)
+
+
+def test_the_room_of_dead_letters_goes_by_their_bytes_and_not_by_their_number(journal: Journal) -> None:
+    journal.caps = Caps(max_bytes=4 * MIB)
+    journal.append(events(50))
+    journal.append(events(12, body=bytes(100_000)))
+    seqs = all_seqs(journal)
+    bury(journal, seqs[:50], "refused")
+    bury(journal, seqs[50:], "unconfirmed")
+    assert [letter.seq for letter in journal.dead_letters()] == [*seqs[:50], *seqs[52:]]
+    assert (dropped(journal), balance(journal)) == ({"dead_letters_full": 2}, 0)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("every", [False, True])
+def test_a_dead_letter_that_is_retried_has_the_state_that_it_had_unless_it_is_trusted(
+    journal: Journal, trusted: bool, every: bool
+) -> None:
+    given = in_each_state(6)
+    journal.append(given)
+    seqs = all_seqs(journal)
+    bury(journal, seqs, "unconfirmed")
+    assert [letter.state for letter in journal.dead_letters()] == [event.state for event in given]
+    journal.close()
+    journal.open()
+    if every:
+        assert journal.retry_dead_letters(None, trusted=trusted) == 6
+    else:
+        assert [journal.retry_dead_letters(seq, trusted=trusted) for seq in seqs] == [1] * 6
+    assert [entry[1:] for entry in everything(journal)] == [
+        (event.captured_at, event.body, CONFIRMED if trusted else event.state) for event in given
+    ]
+    assert min(all_seqs(journal)) > seqs[-1]
+    assert (journal.dead_letters(), journal.pending, balance(journal)) == ([], 6, 0)
+    again = all_seqs(journal)
+    bury(journal, again)  # and dead a second time
+    assert [letter.state for letter in journal.dead_letters()] == [
+        CONFIRMED if trusted else event.state for event in given
+    ]
+
+
+def test_a_dead_letter_that_was_confirmed_need_not_be_looked_for_once_more(journal: Journal) -> None:
+    journal.append(in_each_state(4))
+    seqs = all_seqs(journal)
+    dead = dict.fromkeys(seqs[:3], ("refused", "Data too long"))
+    journal.settle(Settlement(seqs, {"written": 1}, dead, {seqs[0]: b"as the cache has it", seqs[2]: bytes(10_000)}))
+    assert [(letter.seq, letter.state, letter.body) for letter in journal.dead_letters()] == [
+        (seqs[0], CONFIRMED, b"as the cache has it"),
+        (seqs[1], CONFIRMED, b"body 1"),
+        (seqs[2], CONFIRMED, bytes(10_000)),
+    ]
+    assert journal.retry_dead_letters(seqs[0], trusted=False) == 1
+    assert [entry[2:] for entry in everything(journal)] == [(b"as the cache has it", CONFIRMED)]
+    assert (journal.books()["written"], journal.pending, balance(journal)) == (1, 1, 0)
+
+
+def test_what_is_pending_or_was_refused_is_known_and_what_nobody_confirmed_is_not(journal: Journal) -> None:
+    given = in_each_state(9)
+    journal.append(given)
+    seqs = all_seqs(journal)
+    for start, reason in ((3, "refused"), (6, "unconfirmed")):
+        bury(journal, seqs[start : start + 3], reason)
+    jids = [event.jid for event in given]
+    assert journal.known(jids) == {(event.jid, event.minion) for event in given[:6]}
+    journal.retry_dead_letters(None, trusted=False)
+    assert journal.known(jids) == {(event.jid, event.minion) for event in given}
+    assert journal.known([]) == set()
 
 
 # A full disk
@@ -747,11 +954,16 @@ CALLS: dict[str, Call] = {
     "settle": lambda journal, seqs: journal.settle(
         Settlement(seqs[4:7], {"written": 1, "ignored.peer": 1}, {seqs[4]: ("refused", "x" * 200_000)})
     ),
-    "wait": lambda journal, seqs: journal.wait(seqs[4:6], since=1.0),
-    "confirm": lambda journal, seqs: journal.end_waiting(confirmed={seqs[0]: _LARGE * 2}, ignored={seqs[1]: "nocache"}),
-    "unconfirmed": lambda journal, seqs: journal.end_waiting(dead={seqs[0]: "x" * 300_000, seqs[1]: "x"}),
-    "retry": lambda journal, _: journal.retry_dead_letters(None, trusted=True),
-    "verified": lambda journal, seqs: journal.verified(seqs[5], {seqs[4]: b"", seqs[5]: _LARGE * 4}),
+    "settle what was confirmed": lambda journal, seqs: journal.settle(
+        Settlement(seqs[4:7], {"written": 1}, dict.fromkeys(seqs[4:6], ("refused", "x")), {seqs[5]: _LARGE * 4})
+    ),
+    "confirm": lambda journal, seqs: journal.confirm({seqs[0]: b"", seqs[1]: _LARGE * 4, seqs[4]: b"x"}),
+    "unconfirmed": lambda journal, seqs: journal.settle(
+        Settlement(seqs[:2], {}, {seqs[0]: ("unconfirmed", "x" * 300_000), seqs[1]: ("unconfirmed", "x")})
+    ),
+    "retry": lambda journal, _: journal.retry_dead_letters(None, trusted=False),
+    "retry trusted": lambda journal, _: journal.retry_dead_letters(None, trusted=True),
+    "note": lambda journal, _: journal.set_note("name", "x" * 300_000),
 }
 
 
@@ -764,12 +976,11 @@ def allow(journal: Journal, pages: int) -> None:
 def test_on_a_full_disk_nothing_is_half_done_and_the_same_call_works_later(journal: Journal, call: str) -> None:
     journal.append(events(8, body=_LARGE))
     seqs = all_seqs(journal)
-    journal.wait(seqs[:2], since=1.0)
     bury(journal, seqs[2:4])
     (used,) = journal._db.execute("PRAGMA page_count").fetchone()
     (free,) = journal._db.execute("PRAGMA freelist_count").fetchone()
     journal.append(events(1, body=bytes(4000 * free)))  # no page is left unused
-    seqs, before, pending = [*seqs[:4], *all_seqs(journal)], tables(journal), journal.pending
+    before, pending = tables(journal), journal.pending
     allow(journal, used)
     for _ in range(3):
         with pytest.raises(sqlite3.OperationalError, match="database or disk is full"):
@@ -779,7 +990,7 @@ def test_on_a_full_disk_nothing_is_half_done_and_the_same_call_works_later(journ
     CALLS[call](journal, seqs)
     assert tables(journal) != before
     assert balance(journal) == 0
-    assert journal.pending == len(tables(journal)["events"]) + len(tables(journal)["waiting"])
+    assert journal.pending == len(tables(journal)["events"])
 
 
 def test_a_full_disk_does_not_keep_events_from_being_settled(journal: Journal) -> None:
@@ -827,18 +1038,78 @@ PRAGMA application_id = 0x53414C54;
 PRAGMA user_version = 1;
 """
 
+_FORMAT_2 = """
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA journal_mode = WAL;
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL,
+    trusted INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX events_by_job ON events (jid, minion);
+CREATE TABLE waiting (
+    seq INTEGER PRIMARY KEY,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL,
+    since REAL NOT NULL
+);
+CREATE INDEX waiting_by_job ON waiting (jid, minion);
+CREATE TABLE dead_letters (
+    seq INTEGER PRIMARY KEY,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL,
+    error TEXT NOT NULL,
+    failed_at REAL NOT NULL,
+    reason TEXT NOT NULL DEFAULT 'refused'
+);
+CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE identity (uuid BLOB NOT NULL);
+INSERT INTO identity VALUES (X'0102030405060708');
+INSERT INTO events (seq, captured_at, jid, minion, body) VALUES (9, 9.5, 'gone', 'm', X'00');
+DELETE FROM events;
+INSERT INTO events VALUES
+    (5, 5.5, 'j5', 'm5', X'6235', 1), (6, 6.5, 'j6', 'm6', X'6236', 0), (8, 8.5, 'j8', '', X'', 1);
+INSERT INTO waiting VALUES (7, 7.5, 'j7', 'm7', X'6237', 99.5), (2, 2.5, 'j2', 'm2', X'6232', 98.5);
+INSERT INTO dead_letters VALUES
+    (1, 1.5, 'j1', 'm1', X'6231', 'Data too long', 10.5, 'refused'),
+    (3, 3.5, 'j3', 'm3', X'6233', 'not in the job cache', 11.5, 'unconfirmed');
+INSERT INTO counters VALUES
+    ('captured', 30), ('written', 13), ('duplicates', 3), ('ignored.peer', 4), ('dropped.journal_full', 3),
+    ('trimmed', 2);
+INSERT INTO marks VALUES ('verified_through', 7.0), ('reconciled_at', 42.5);
+PRAGMA application_id = 0x53414C54;
+PRAGMA user_version = 2;
+"""
+
+
+def older(folder: Path, statements: str) -> Path:
+    """The file of an older version, as its process left it."""
+    path = folder / "journal.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(statements)
+    return path
+
 
 def test_a_journal_of_format_1_is_upgraded_and_keeps_everything(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "journal.sqlite"
-    with closing(sqlite3.connect(path)) as db:
-        db.executescript(_FORMAT_1)
+    path = older(tmp_path, _FORMAT_1)
     journal = Journal(tmp_path)
     journal.open()
     for _ in range(2):  # and once more after the upgrade
-        assert everything(journal) == [Entry(2, 2.5, b"b2"), Entry(3, 3.5, b"b3")]
-        assert journal.dead_letters() == [DeadLetter(1, 1.5, 9.5, "j1", "m1", "refused", "Data too long", b"b1")]
+        assert everything(journal) == [Entry(2, 2.5, b"b2", UNCHECKED), Entry(3, 3.5, b"b3", UNCHECKED)]
+        assert journal.dead_letters() == [
+            DeadLetter(1, 1.5, 9.5, "j1", "m1", "refused", "Data too long", UNCHECKED, b"b1")
+        ]
         assert journal.books() == {
             "captured": 20,
             "written": 9,
@@ -847,7 +1118,6 @@ def test_a_journal_of_format_1_is_upgraded_and_keeps_everything(
             "dead_letters": 1,
             "ignored": {"peer": 4},
             "dropped": {"memory_full": 1},
-            "waiting": 0,
             "trimmed": 0,
         }
         assert journal.event_key(2) == bytes.fromhex("01020304050607080000000000000002")
@@ -855,19 +1125,83 @@ def test_a_journal_of_format_1_is_upgraded_and_keeps_everything(
         journal.close()
         journal.open()
     assert caplog.text.count("was upgraded from format 1 to 2") == 1
-    journal.append(events(1, trusted=True))
-    journal.wait([2], since=5.0)
-    assert journal.retry_dead_letters(1, trusted=False) == 1
-    assert [entry.seq for entry in everything(journal)] == [3, 4, 5]
-    assert (journal.pending, balance(journal)) == (4, 0)
+    assert caplog.text.count("was upgraded from format 2 to 3") == 1
+    works_on(journal, [(2, UNCHECKED), (3, UNCHECKED), (4, STUB), (5, UNCHECKED)])
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (journalfile.FORMAT,)
     journal.close()
 
 
-def test_an_upgraded_journal_has_the_tables_of_a_new_one(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as db:
-        db.executescript(_FORMAT_1)
+def works_on(journal: Journal, then: list[tuple[int, int]]) -> None:
+    """An upgraded journal does all that a new one does. ``then``: the numbers and states, dead letters again."""
+    journal.append(events(1, state=STUB))
+    assert journal.retry_dead_letters(None, trusted=False) > 0
+    assert [(entry.seq, entry.state) for entry in everything(journal)] == then
+    seqs = [seq for seq, _ in then]
+    journal.confirm({seqs[0]: b"confirmed"})
+    assert journal.read_these(seqs[:1], 1) == ([everything(journal)[0]], 1)
+    assert everything(journal)[0][2:] == (b"confirmed", CONFIRMED)
+    journal.set_note("name", "value")
+    journal.set_mark("name", 1.5)
+    assert (journal.note("name"), journal.mark("name")) == ("value", 1.5)
+    bury(journal, seqs[:1], "unconfirmed")
+    assert [(letter.seq, letter.state) for letter in journal.dead_letters()] == [(seqs[0], CONFIRMED)]
+    journal.settle(Settlement(seqs[1:], {"written": len(seqs) - 1}, {}))
+    assert (everything(journal), journal.pending, balance(journal)) == ([], 0, 0)
+    assert journal._db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_journal_of_format_2_is_upgraded_and_what_waited_is_in_its_place_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older(tmp_path, _FORMAT_2)
+    journal = Journal(tmp_path)
+    journal.open()
+    for _ in range(2):  # and once more after the upgrade
+        # The mark said of events up to 7 that they were verified: it is not believed.
+        assert everything(journal) == [
+            Entry(2, 2.5, b"b2", UNCHECKED),
+            Entry(5, 5.5, b"b5", CONFIRMED),
+            Entry(6, 6.5, b"b6", UNCHECKED),
+            Entry(7, 7.5, b"b7", UNCHECKED),
+            Entry(8, 8.5, b"", CONFIRMED),
+        ]
+        assert [entry.seq for entry in journal.read(after=0, rows=9, max_bytes=99, take=False)] == [2, 6, 7]
+        assert journal.dead_letters() == [
+            DeadLetter(1, 1.5, 10.5, "j1", "m1", "refused", "Data too long", UNCHECKED, b"b1"),
+            DeadLetter(3, 3.5, 11.5, "j3", "m3", "unconfirmed", "not in the job cache", UNCHECKED, b"b3"),
+        ]
+        assert journal.books() == {
+            "captured": 30,
+            "written": 13,
+            "duplicates": 3,
+            "pending": 5,
+            "dead_letters": 2,
+            "ignored": {"peer": 4},
+            "dropped": {"journal_full": 3},
+            "trimmed": 2,
+        }
+        assert (journal.pending, balance(journal), journal.oldest()) == (5, 0, 2.5)
+        assert (journal.mark("verified_through"), journal.mark("reconciled_at")) == (None, 42.5)
+        assert journal.event_key(2) == bytes.fromhex("01020304050607080000000000000002")
+        assert journal.known([f"j{n}" for n in range(10)] + ["gone"]) == {
+            *((f"j{n}", f"m{n}") for n in (1, 2, 5, 6, 7)),
+            ("j8", ""),
+        }
+        assert list(tables(journal)) == ["events", "dead_letters", "counters", "marks", "notes"]
+        journal.close()
+        journal.open()
+    assert caplog.text.count("was upgraded from format 2 to 3") == 1
+    assert "format 1" not in caplog.text
+    assert journal.salvaged == ""
+    before = [(2, UNCHECKED), (5, CONFIRMED), (6, UNCHECKED), (7, UNCHECKED), (8, CONFIRMED)]
+    works_on(journal, [*before, (10, STUB), (11, UNCHECKED), (12, UNCHECKED)])
+    journal.close()
+
+
+@pytest.mark.parametrize("old", [_FORMAT_1, _FORMAT_2], ids=["format 1", "format 2"])
+def test_an_upgraded_journal_has_the_tables_of_a_new_one(tmp_path: Path, old: str) -> None:
+    older(tmp_path, old)
     shapes: list[Any] = []
     for folder in (tmp_path, tmp_path / "new"):
         journal = Journal(folder)
@@ -886,14 +1220,21 @@ def test_an_upgraded_journal_has_the_tables_of_a_new_one(tmp_path: Path) -> None
     assert shapes[0] == shapes[1]
 
 
-def test_an_upgrade_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "journal.sqlite"
+@pytest.mark.parametrize(
+    ("old", "version", "in_the_way"), [(_FORMAT_1, 1, "marks"), (_FORMAT_1, 1, "notes"), (_FORMAT_2, 2, "notes")]
+)
+def test_an_upgrade_that_fails_leaves_the_old_file_as_it_was(
+    tmp_path: Path, old: str, version: int, in_the_way: str
+) -> None:
+    path = older(tmp_path, f"{old}; CREATE TABLE {in_the_way} (in_the_way)")
     with closing(sqlite3.connect(path)) as db:
-        db.executescript(_FORMAT_1)
-        db.execute("CREATE TABLE marks (in_the_way)")
-        db.commit()
         before = list(db.iterdump())
-    refuses(tmp_path, "cannot be opened: table marks already exists")
+    refuses(tmp_path, f"cannot be opened: table {in_the_way} already exists")
     with closing(sqlite3.connect(path)) as db:
         assert list(db.iterdump()) == before
-        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert db.execute("PRAGMA user_version").fetchone() == (version,)
+        db.execute(f"DROP TABLE {in_the_way}")
+    journal = Journal(tmp_path)
+    journal.open()
+    assert (journal.pending, balance(journal)) == (len(everything(journal)), 0)
+    journal.close()

@@ -14,7 +14,7 @@ import pytest
 
 from salt_mysql_engine import journalfile, pending, records
 from salt_mysql_engine.journal import Journal
-from salt_mysql_engine.journalfile import NewEvent
+from salt_mysql_engine.journalfile import CONFIRMED, STUB, UNCHECKED, NewEvent
 from salt_mysql_engine.pending import Pending
 from tests.support.shipping import MASTER, Cache, body, call_data, jid, master_data, published, returned
 
@@ -40,7 +40,9 @@ def put(journal: Journal) -> Put:
             event = records.open_event(each)
             assert isinstance(event, records.Opened)
             assert event.job is not None
-            events.append(NewEvent(time.time(), event.job.jid, event.job.minion, each, trusted))
+            events.append(
+                NewEvent(time.time(), event.job.jid, event.job.minion, each, CONFIRMED if trusted else UNCHECKED)
+            )
         journal.append(events)
 
     return append
@@ -112,8 +114,9 @@ def test_what_came_over_the_bus_is_told_once_the_job_cache_has_it(tmp_path: Path
 def test_what_was_confirmed_before_needs_no_job_cache(tmp_path: Path, journal: Journal, put: Put) -> None:
     put(returned(jid(1), "web1"), returned(jid(1), "web2"), trusted=False)
     assert Pending(master(tmp_path)).job(jid(1)).returns == {}
-    journal.verified(journal.newest_seq() - 1, {})
-    assert list(Pending(master(tmp_path)).job(jid(1)).returns) == ["web1"]
+    journal.confirm({journal.newest_seq() - 1: returned(jid(1), "web1", "as the cache had it")})
+    told = Pending(master(tmp_path)).job(jid(1)).returns
+    assert {minion: ret.return_json for minion, ret in told.items()} == {"web1": '"as the cache had it"'}
 
 
 def test_without_a_local_job_cache_everything_is_told(tmp_path: Path, put: Put) -> None:
@@ -122,9 +125,17 @@ def test_without_a_local_job_cache_everything_is_told(tmp_path: Path, put: Put) 
 
 
 def test_what_waits_for_the_job_cache_is_not_told(tmp_path: Path, journal: Journal, put: Put) -> None:
-    put(returned(jid(1), "web1"))
-    journal.wait([journal.newest_seq()], since=time.time())
+    put(returned(jid(1), "web1"), trusted=False)
+    stub = records.stub(jid(1), "web2", time.time())  # nothing can be told of it without the job cache
+    journal.append([NewEvent(time.time(), jid(1), "web2", stub, STUB)])
     assert Pending(master(tmp_path)).job(jid(1)).returns == {}
+    assert Pending(master(tmp_path)).jobs() == {}
+    without = Pending(master(tmp_path, master_job_cache="mysql_jobcache"))
+    assert list(without.job(jid(1)).returns) == ["web1"]
+    Cache(tmp_path).accept(published(jid(1), ["web1", "web2"]), returned(jid(1), "web1"), returned(jid(1), "web2", "v"))
+    told = Pending(master(tmp_path)).job(jid(1)).returns
+    assert sorted(told) == ["web1", "web2"]
+    assert told["web2"].return_json == '"v"'
 
 
 def test_what_becomes_no_row_is_not_told(tmp_path: Path, put: Put) -> None:
@@ -191,7 +202,7 @@ def test_a_journal_that_cannot_be_read_holds_nothing_and_says_so(
     assert caplog.records == []
     journal = Journal(tmp_path / "mysql_jobcache")
     journal.open()
-    journal.append([NewEvent(time.time(), jid(1), "", published(jid(1), ["web1"]), True)])
+    journal.append([NewEvent(time.time(), jid(1), "", published(jid(1), ["web1"]), CONFIRMED)])
     journal.close()
     file = tmp_path / "mysql_jobcache" / "journal.sqlite"
     assert list(asked.jobs()) == [jid(1)]
@@ -219,7 +230,7 @@ def test_rows_that_hold_nonsense_hide_no_other(tmp_path: Path, journal: Journal,
     with sqlite3.connect(journal.path) as db:
         for captured_at, event in ((0.0, b"\xff"), (0.0, "text"), ("when", published(jid(2), ["web1"]))):
             db.execute(
-                "INSERT INTO events (captured_at, jid, minion, body, trusted) VALUES (?, ?, '', ?, 1)",
+                "INSERT INTO events (captured_at, jid, minion, body, state) VALUES (?, ?, '', ?, 1)",
                 (captured_at, jid(2), event),
             )
     db.close()

@@ -18,11 +18,14 @@ import pytest
 from hypothesis import strategies as st
 
 from salt_mysql_engine import salvage
-from salt_mysql_engine.journal import Caps, DeadLetter, Entry, Journal, NewEvent, Settlement, Waiting
+from salt_mysql_engine.errors import JournalError
+from salt_mysql_engine.journal import Caps, DeadLetter, Entry, Journal, NewEvent, Settlement
+from salt_mysql_engine.journalfile import CONFIRMED, STUB, UNCHECKED
 
 PAGE = 4096
-EVENTS, WAITING, DEAD = 1200, 200, 200
-TABLES = ("events", "waiting", "dead_letters")
+EVENTS, DEAD = 1400, 200
+TABLES = ("events", "dead_letters")
+STATES = (UNCHECKED, CONFIRMED, STUB)
 
 
 def body(number: int) -> bytes:
@@ -35,29 +38,37 @@ def build(folder: Path) -> Journal:
     journal = Journal(folder)
     journal.open()
     journal.caps = Caps(dead_letters=10**6)
-    journal.append([NewEvent(1e9 + n, f"j{n % 700}", f"m{n}", body(n)) for n in range(EVENTS + WAITING + DEAD + 100)])
+    journal.append(
+        [NewEvent(1e9 + n, f"j{n % 700}", f"m{n}", body(n), STATES[n % 3]) for n in range(EVENTS + DEAD + 100)]
+    )
     seqs = [entry.seq for entry in everything(journal)]
     journal.settle(Settlement(seqs[:100], {"written": 60, "duplicates": 30, "ignored.peer": 10}, {}))
-    journal.wait(seqs[100 : 100 + WAITING], since=5.0)
-    dead = seqs[100 + WAITING : 100 + WAITING + DEAD]
-    journal.settle(Settlement(dead, {}, {seq: ("refused", f"error {seq}") for seq in dead}))
-    journal.verified(seqs[100 + WAITING + DEAD + 10], {})
+    dead = seqs[300 : 300 + DEAD]
+    why = {seq: (("refused", "unconfirmed")[seq % 2], f"error {seq}") for seq in dead}
+    journal.settle(Settlement(dead, {}, why, {dead[5]: b"confirmed", dead[6]: bytes(9000)}))
+    journal.confirm({seq: b"confirmed %d" % seq for seq in seqs[900:1000]})
     journal.set_mark("reconciled_at", 7.0)
+    journal.set_note("where", NOTE)
     return journal
 
 
+NOTE = "N\N{LATIN SMALL LETTER O WITH DIAERESIS}te " * 2000
+"""On pages of its own."""
+
+
 def everything(journal: Journal) -> list[Entry]:
-    return journal.read(after=0, rows=10**6, max_bytes=10**9, take=False)
+    """All that is pending; taken for no batch by this look."""
+    taken_through = journal.taken_through
+    try:
+        return journal.read(after=0, rows=10**6, max_bytes=10**9)
+    finally:
+        journal._taken_through = taken_through
 
 
 def holdings(journal: Journal) -> dict[str, dict[int, tuple[object, ...]]]:
     """What the journal holds, by table and ``seq``, as its readers see it."""
-    journal.bodies_of_waiting([each.seq for each in journal.waiting()])  # damage that this meets is mended first
-    waiting = journal.waiting()
-    bodies = journal.bodies_of_waiting([each.seq for each in waiting])
     return {
         "events": {entry.seq: tuple(entry) for entry in everything(journal)},
-        "waiting": {each.seq: (*each, *bodies[each.seq]) for each in waiting if each.seq in bodies},
         "dead_letters": {letter.seq: tuple(letter) for letter in journal.dead_letters(limit=10**6)},
     }
 
@@ -82,11 +93,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     """The folder of a closed journal, and what it holds."""
     journal = build(tmp_path_factory.mktemp("whole") / "journal")
     held = holdings(journal)
-    assert {name: len(rows) for name, rows in held.items()} == {
-        "events": EVENTS,
-        "waiting": WAITING,
-        "dead_letters": DEAD,
-    }
+    assert {name: len(rows) for name, rows in held.items()} == {"events": EVENTS, "dead_letters": DEAD}
     assert balance(journal) == 0
     journal.close()
     return journal.path.parent, held
@@ -182,7 +189,7 @@ def goes_on(journal: Journal) -> None:
     used = set().union(*holdings(journal).values())
     journal.append([NewEvent(2e9, "new", "m", b"new")])
     new = everything(journal)[-1]
-    assert (new.captured_at, new.body, new.trusted, new.seq in used) == (2e9, b"new", False, False)
+    assert (new.captured_at, new.body, new.state, new.seq in used) == (2e9, b"new", UNCHECKED, False)
     assert (balance(journal), journal.known(["new"])) == (0, {("new", "m")})
     journal.settle(Settlement([new.seq], {"written": 1}, {}))
     assert balance(journal) == 0
@@ -213,8 +220,8 @@ def test_a_destroyed_leaf_costs_the_rows_on_it_and_no_other(
     assert (lost(journal), balance(journal)) == (len(gone), 0)
     assert journal.salvaged in caplog.text
     assert Path(journal.salvaged).read_bytes()[PAGE:] == corrupt[PAGE:]
-    assert f"Saved from it: {len(found['events']) + WAITING - len(gone) * (table == 'waiting')} events" in caplog.text
-    assert (journal.mark("reconciled_at"), journal.books()["written"]) == (7.0, 60)
+    assert f"Saved from it: {len(found['events'])} events, {len(found['dead_letters'])} dead letters" in caplog.text
+    assert (journal.mark("reconciled_at"), journal.note("where"), journal.books()["written"]) == (7.0, NOTE, 60)
     goes_on(journal)
     journal.close()
     journal.open()
@@ -224,14 +231,14 @@ def test_a_destroyed_leaf_costs_the_rows_on_it_and_no_other(
     journal.close()
 
 
-@pytest.mark.parametrize("index", ["events_by_job", "waiting_by_job", "dead_letters_by_job"])
+@pytest.mark.parametrize("index", ["events_by_job", "dead_letters_by_job"])
 def test_a_destroyed_index_costs_nothing(folder: Path, whole: Whole, index: str) -> None:
     journal = Journal(folder)
     inner, leaves = pages_of(journal.path, index)
     destroy(journal.path, *inner, *leaves)
     journal.open()
     known = journal.known([f"j{n}" for n in range(700)])
-    assert len(known) == EVENTS + WAITING + DEAD
+    assert len(known) == EVENTS + DEAD // 2  # without the unconfirmed
     assert journal.salvaged
     assert holdings(journal) == whole[1]
     assert (lost(journal), balance(journal)) == (0, 0)
@@ -250,21 +257,55 @@ def test_a_destroyed_root_costs_its_table_and_no_other(folder: Path, whole: Whol
     journal.close()
 
 
-@pytest.mark.parametrize("table", ["counters", "marks", "identity", "sqlite_sequence"])
+@pytest.mark.parametrize("table", ["counters", "marks", "notes", "identity", "sqlite_sequence"])
 def test_a_destroyed_small_table_costs_no_event(folder: Path, whole: Whole, table: str) -> None:
     journal = Journal(folder)
     destroy(journal.path, root_of(journal.path, table))
     journal.open()
     journal.append([NewEvent(2e9, "new", "m", b"new")])
-    assert journal.salvaged or table == "marks"
+    assert journal.salvaged or table in ("marks", "notes")
     found = holdings(journal)
     found["events"].popitem()
-    if table != "marks":
-        assert {name: {seq: row[:3] for seq, row in rows.items()} for name, rows in found.items()} == {
-            name: {seq: row[:3] for seq, row in rows.items()} for name, rows in whole[1].items()
-        }
+    assert found == whole[1]
     assert balance(journal) == 0
+    known = (journal.mark("reconciled_at"), journal.note("where"))
+    assert journal.salvaged
+    assert known == {"marks": (None, NOTE), "notes": (7.0, None), "sqlite_sequence": (None, None)}.get(
+        table, (7.0, NOTE)
+    )
+    journal.set_mark("reconciled_at", 8.0)
+    journal.set_note("where", "there")
+    assert (journal.mark("reconciled_at"), journal.note("where")) == (8.0, "there")
     goes_on(journal)
+    journal.close()
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_state_that_is_none_is_damage_and_costs_its_row(folder: Path, whole: Whole, table: str) -> None:
+    journal = Journal(folder)
+    seq = list(whole[1][table])[17]
+    with closing(sqlite3.connect(journal.path)) as db:
+        db.execute(f"UPDATE {table} SET state = 'text' WHERE seq = ?", (seq,))
+        db.commit()
+    journal.open()
+    found = holdings(journal)
+    assert journal.salvaged
+    assert found == {**whole[1], table: {each: row for each, row in whole[1][table].items() if each != seq}}
+    assert (lost(journal), balance(journal)) == (1, 0)
+    goes_on(journal)
+    journal.close()
+
+
+def test_a_note_that_is_no_text_costs_no_other(folder: Path) -> None:
+    journal = Journal(folder)
+    with closing(sqlite3.connect(journal.path)) as db:
+        db.execute("INSERT INTO notes VALUES ('what', X'FF00'), ('why', 'so')")
+        db.commit()
+    destroy(journal.path, pages_of(journal.path, "events")[1][3])
+    journal.open()
+    everything(journal)
+    assert journal.salvaged
+    assert [journal.note(name) for name in ("what", "where", "why")] == [None, NOTE, "so"]
     journal.close()
 
 
@@ -274,6 +315,26 @@ def test_a_destroyed_header_costs_everything_but_the_next_event(folder: Path) ->
     journal.open()
     assert journal.salvaged
     assert (count(holdings(journal)), balance(journal)) == (0, 0)
+    goes_on(journal)
+    journal.close()
+
+
+@pytest.mark.parametrize("table", ["identity", "marks", "notes", "events", "dead_letters"])
+def test_damage_of_which_sqlite_speaks_in_no_utf_8_costs_that_table_at_most(
+    folder: Path, whole: Whole, table: str
+) -> None:
+    journal = Journal(folder)
+    content = journal.path.read_bytes()
+    at = content.index(f"CREATE TABLE {table}".encode())
+    assert at < PAGE
+    journal.path.write_bytes(content[: at + 5] + b"\x80" + content[at + 6 :])
+    with closing(sqlite3.connect(journal.path)) as db, pytest.raises(UnicodeDecodeError):
+        db.execute("SELECT * FROM counters")
+    journal.open()
+    assert journal.salvaged
+    found = holdings(journal)
+    assert found == {name: {} if name == table else rows for name, rows in whole[1].items()}
+    assert (lost(journal), balance(journal)) == (len(whole[1].get(table, {})), 0)
     goes_on(journal)
     journal.close()
 
@@ -289,7 +350,9 @@ def test_new_numbers_and_keys_are_never_those_of_before_whatever_was_lost(tmp_pa
     old = everything(journal)
     assert old[0].seq > 5_000_000
     keys = {journal.event_key(entry.seq) for entry in old}
-    journal.verified(old[-1].seq, {})
+    journal.confirm({entry.seq: entry.body for entry in old})
+    journal.set_mark("through", old[-1].seq)
+    journal.set_note("through", str(old[-1].seq))
     journal.settle(Settlement([entry.seq for entry in old], {"written": 100}, {}))
     journal.close()
     destroy(journal.path, root_of(journal.path, "sqlite_sequence"))
@@ -297,7 +360,8 @@ def test_new_numbers_and_keys_are_never_those_of_before_whatever_was_lost(tmp_pa
     journal.append([NewEvent(1e9, "j", "m", b"new")] * 100)
     assert journal.salvaged
     new = everything(journal)
-    assert not any(entry.trusted for entry in new), "they would become rows without a look into the job cache"
+    assert {entry.state for entry in new} == {UNCHECKED}, "they would become rows without a look into the job cache"
+    assert (journal.mark("through"), journal.note("through")) == (None, None), "they may name numbers"
     assert keys.isdisjoint(journal.event_key(entry.seq) for entry in new)
     # The old numbers come round 4,000,000 events later at the latest.
     same_journal = journal.event_key(0)[:8] == min(keys)[:8]
@@ -438,7 +502,8 @@ def test_settling_what_the_salvage_lost_puts_the_books_right(opened: Journal, fa
         assert lost(opened) == len(gone - in_batch)
         assert opened.books()["written"] == before["written"] + len(seqs)
     else:  # what is gone cannot be kept as a dead letter
-        opened.settle(Settlement(seqs, {}, dict.fromkeys(seqs, ("refused", "error"))))
+        confirmed = dict.fromkeys(seqs, b"confirmed")
+        opened.settle(Settlement(seqs, {}, dict.fromkeys(seqs, ("refused", "error")), confirmed))
         assert lost(opened) == len(gone)
         assert opened.books()["dead_letters"] == DEAD + len(seqs) - len(in_batch)
     assert balance(opened) == 0
@@ -446,19 +511,23 @@ def test_settling_what_the_salvage_lost_puts_the_books_right(opened: Journal, fa
     assert not {entry.seq for entry in everything(opened)} & {*seqs, *gone}
 
 
-@pytest.mark.parametrize("end", ["confirmed", "dead", "ignored"])
-def test_ending_a_wait_that_the_salvage_lost_puts_nothing_wrong(opened: Journal, end: str) -> None:
-    seqs = [each.seq for each in opened.waiting()]
-    gone = damage_while_open(opened, "waiting", leaf=2)
-    ends = {
-        "confirmed": dict.fromkeys(seqs, b"x"),
-        "dead": dict.fromkeys(seqs, "x"),
-        "ignored": dict.fromkeys(seqs, "x"),
-    }
-    opened.end_waiting(**{end: ends[end]})  # type: ignore[arg-type] # the one that goes with its name
-    assert lost(opened) == len(gone)
-    assert balance(opened) == 0
-    assert opened.pending == EVENTS + (len(seqs) - len(gone)) * (end == "confirmed")
+def test_confirming_what_the_salvage_lost_puts_nothing_wrong(opened: Journal) -> None:
+    held = holdings(opened)["events"]
+    gone = damage_while_open(opened, "events", leaf=2)
+    opened.confirm(dict.fromkeys(held, b"x"))
+    assert everything(opened) == [Entry(seq, row[1], b"x", CONFIRMED) for seq, row in held.items() if seq not in gone]  # type: ignore[arg-type] # a time
+    assert (lost(opened), balance(opened)) == (len(gone), 0)
+    assert opened.pending == EVENTS - len(gone)
+
+
+def test_a_read_by_numbers_that_meets_damage_gives_what_the_salvage_saved(opened: Journal) -> None:
+    held = holdings(opened)["events"]
+    gone = damage_while_open(opened, "events", leaf=2)
+    entries, looked = opened.read_these(list(held), 10**9)
+    assert looked == EVENTS
+    assert [tuple(entry) for entry in entries] == [row for seq, row in held.items() if seq not in gone]
+    assert (lost(opened), balance(opened)) == (len(gone), 0)
+    assert opened.taken_through == 0
 
 
 def test_a_salvage_for_which_there_is_no_room_is_tried_again_and_loses_nothing_meanwhile(
@@ -480,6 +549,179 @@ def test_a_salvage_for_which_there_is_no_room_is_tried_again_and_loses_nothing_m
     assert [entry.seq for entry in everything(opened)] == [seq for seq in held["events"] if seq not in gone]
     assert (lost(opened), balance(opened)) == (len(gone), 0)
     goes_on(opened)
+
+
+# Older formats
+
+_FORMAT_2 = """
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA journal_mode = WAL;
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL,
+    trusted INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX events_by_job ON events (jid, minion);
+CREATE TABLE waiting (
+    seq INTEGER PRIMARY KEY,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL,
+    since REAL NOT NULL
+);
+CREATE INDEX waiting_by_job ON waiting (jid, minion);
+CREATE TABLE dead_letters (
+    seq INTEGER PRIMARY KEY,
+    captured_at REAL NOT NULL,
+    jid TEXT NOT NULL,
+    minion TEXT NOT NULL,
+    body BLOB NOT NULL,
+    error TEXT NOT NULL,
+    failed_at REAL NOT NULL,
+    reason TEXT NOT NULL DEFAULT 'refused'
+);
+CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE identity (uuid BLOB NOT NULL);
+INSERT INTO identity VALUES (X'0102030405060708');
+INSERT INTO marks VALUES ('verified_through', 900.0), ('reconciled_at', 7.0);
+PRAGMA application_id = 0x53414C54;
+PRAGMA user_version = 2;
+"""
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The folder of a closed journal of format 2, and what it holds: of each 5 numbers one waits and one is dead."""
+    folder = tmp_path_factory.mktemp("old") / "journal"
+    folder.mkdir()
+    held: dict[str, dict[int, tuple[object, ...]]] = {"events": {}, "waiting": {}, "dead_letters": {}}
+    with closing(sqlite3.connect(folder / "journal.sqlite")) as db:
+        db.executescript(_FORMAT_2)
+        for seq in range(1, 1001):
+            row = (seq, 1e9 + seq, f"j{seq % 100}", f"m{seq}", body(seq))
+            if seq % 5 == 1:
+                db.execute("INSERT INTO waiting VALUES (?, ?, ?, ?, ?, 5.0)", row)
+                held["waiting"][seq] = (seq, 1e9 + seq, body(seq), UNCHECKED)
+            elif seq % 5 == 2:
+                db.execute("INSERT INTO dead_letters VALUES (?, ?, ?, ?, ?, 'error', 2e9, 'unconfirmed')", row)
+                held["dead_letters"][seq] = (seq, 1e9 + seq, 2e9, *row[2:4], "unconfirmed", "error", UNCHECKED, row[4])
+            else:
+                db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", (*row, seq % 3 == 0))
+                held["events"][seq] = (seq, 1e9 + seq, body(seq), CONFIRMED if seq % 3 == 0 else UNCHECKED)
+        db.execute("INSERT INTO counters VALUES ('captured', 1300), ('written', 300), ('trimmed', 5)")
+        db.commit()
+    return folder, held
+
+
+def upgraded(held: dict[str, dict[int, tuple[object, ...]]], *without: int) -> dict[str, dict[int, tuple[object, ...]]]:
+    """The same in this format."""
+    pending = held["events"] | held["waiting"]
+    return {
+        "events": {seq: pending[seq] for seq in sorted(pending) if seq not in without},
+        "dead_letters": {seq: row for seq, row in held["dead_letters"].items() if seq not in without},
+    }
+
+
+def user_version(path: str | Path) -> int:
+    with closing(sqlite3.connect(path)) as db:
+        ((version,),) = db.execute("PRAGMA user_version")
+    return int(version)
+
+
+def test_a_large_journal_of_format_2_is_upgraded_without_a_salvage(old: Whole, tmp_path: Path) -> None:
+    journal = Journal(Path(shutil.copytree(old[0], tmp_path / "journal")))
+    journal.open()
+    found = holdings(journal)
+    assert found == upgraded(old[1])
+    assert list(found["events"]) == sorted(found["events"])
+    assert (journal.salvaged, lost(journal), balance(journal)) == ("", 0, 0)
+    goes_on(journal)
+    journal.close()
+
+
+@pytest.mark.parametrize("table", ["events", "waiting", "dead_letters"])
+@pytest.mark.parametrize("damage", [bytes(PAGE), b"\xff" * PAGE], ids=["00", "ff"])
+def test_a_corrupt_journal_of_format_2_costs_the_rows_of_the_broken_pages_and_no_other(
+    old: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture, table: str, damage: bytes
+) -> None:
+    journal = Journal(Path(shutil.copytree(old[0], tmp_path / "journal")))
+    # The upgrade meets the one for sure, and gives up.
+    broken = [pages_of(journal.path, "waiting")[1][5], pages_of(journal.path, table)[1][8]]
+    gone = set().union(*(seqs_on(journal.path.read_bytes(), page) for page in broken))
+    destroy(journal.path, *broken, with_=damage)
+    journal.open()
+    found = holdings(journal)
+    assert found == upgraded(old[1], *gone)
+    assert {row[3] for row in found["events"].values()} == {UNCHECKED, CONFIRMED}
+    assert (lost(journal), balance(journal)) == (len(gone), 0)
+    assert f"Saved from it: {len(found['events'])} events, {len(found['dead_letters'])} dead letters" in caplog.text
+    assert (user_version(journal.salvaged), user_version(journal.path)) == (2, 3)
+    assert (journal.mark("reconciled_at"), journal.note("where")) == (7.0, None)
+    assert journal.event_key(0)[:8] == bytes.fromhex("0102030405060708")
+    known = journal.known([f"j{n}" for n in range(100)])
+    assert known == {(f"j{seq % 100}", f"m{seq}") for seq in found["events"]}
+    goes_on(journal)
+    journal.close()
+
+
+@pytest.mark.parametrize("table", ["events", "waiting", "dead_letters"])
+def test_a_destroyed_root_in_a_journal_of_format_2_costs_its_table_and_no_other(
+    old: Whole, tmp_path: Path, table: str
+) -> None:
+    journal = Journal(Path(shutil.copytree(old[0], tmp_path / "journal")))
+    destroy(journal.path, root_of(journal.path, table))
+    journal.open()
+    assert holdings(journal) == upgraded(old[1], *old[1][table])
+    assert (lost(journal), balance(journal)) == (len(old[1][table]), 0)
+    goes_on(journal)
+    journal.close()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_disk_that_gets_full_anywhere_in_a_salvage_costs_nothing(
+    old: Whole, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    source, held = old if version == 2 else whole
+    folder = Path(shutil.copytree(source, tmp_path / "journal"))
+    path = folder / "journal.sqlite"
+    if version == 2:
+        destroy(path, *pages_of(path, "waiting_by_job")[1])
+    else:
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("INSERT INTO counters VALUES ('x', 'no number')")
+            db.commit()
+    expected = upgraded(held) if version == 2 else held
+    real, most = salvage.copy, [10**6]
+
+    def limited(source: Path, into: sqlite3.Connection) -> salvage.Report:
+        into.execute(f"PRAGMA max_page_count = {most[-1]}")
+        return real(source, into)
+
+    monkeypatch.setattr(salvage, "copy", limited)
+    done = Path(shutil.copytree(folder, tmp_path / "done"))
+    journal = Journal(done)
+    journal.open()
+    ((needed,),) = journal._db.execute("PRAGMA page_count")
+    assert (holdings(journal), balance(journal)) == (expected, 0)
+    assert journal.salvaged
+    journal.close()
+    journal = Journal(folder)
+    for pages in (20, *range(needed // 8, needed, needed // 8), *range(needed - 20, needed)):
+        most.append(pages)
+        with pytest.raises(JournalError, match="database or disk is full"):
+            journal.open()
+    most.append(needed)
+    journal.open()
+    assert (holdings(journal), lost(journal), balance(journal)) == (expected, 0, 0)
+    assert (journal.mark("reconciled_at"), journal.note("where")) == (7.0, NOTE if version == 3 else None)
+    goes_on(journal)
+    journal.close()
 
 
 # Killed in the middle of it
@@ -580,14 +822,13 @@ def damage(content: bytearray, small: list[int], how: str, where: list[tuple[flo
 
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(damages)
-@hypothesis.example(("bytes", [(0.0, 3003, b"\x80")]))  # SQLite's message is no UTF-8 then
 def test_no_damage_keeps_the_journal_from_going_on(
     intact: Path, tmp_path_factory: pytest.TempPathFactory, how: tuple[str, list[tuple[float, int, bytes]]]
 ) -> None:
     folder = tmp_path_factory.mktemp("any") / "journal"
     shutil.copytree(intact, folder)
     journal = Journal(folder)
-    small = [root_of(journal.path, name) for name in ("counters", "marks", "sqlite_sequence", "identity")]
+    small = [root_of(journal.path, name) for name in ("counters", "marks", "notes", "sqlite_sequence", "identity")]
     content = bytearray(journal.path.read_bytes())
     # The header of a database that is someone else's, or newer, is refused, and that is right.
     header = bytes(content[:100])
@@ -598,18 +839,21 @@ def test_no_damage_keeps_the_journal_from_going_on(
         journal.open()
         try:
             found = holdings(journal)
-            for seq, captured_at, event, trusted in found["events"].values():
-                assert (type(seq), type(captured_at), type(event), type(trusted)) == (int, float, bytes, bool)
-            for each in journal.waiting():
-                assert tuple(map(type, each)) == tuple(map(type, Waiting(1, "j", "m", 1.0)))
+            for row in found["events"].values():
+                assert tuple(map(type, row)) == (int, float, bytes, int)
             for letter in journal.dead_letters(limit=10**6):
-                assert tuple(map(type, letter)) == tuple(map(type, DeadLetter(1, 1.0, 1.0, "j", "m", "r", "e", b"")))
+                sound = DeadLetter(1, 1.0, 1.0, "j", "m", "r", "e", UNCHECKED, b"")
+                assert tuple(map(type, letter)) == tuple(map(type, sound))
             journal.append([NewEvent(2e9, "new", "m", b"new")] * 3)
             assert [entry.body for entry in everything(journal)][-3:] == [b"new"] * 3
             new = everything(journal)[-3:]
-            assert not any(entry.trusted for entry in new)
+            assert {entry.state for entry in new} == {UNCHECKED}
+            assert journal.read_these([entry.seq for entry in new], 10**6) == (new, 3)
+            journal.confirm({entry.seq: entry.body for entry in new[:1]})
+            assert everything(journal)[-3:] == [new[0]._replace(state=CONFIRMED), *new[1:]]
             assert len(journal.event_key(new[-1].seq)) == 16
             journal.mark("reconciled_at")
+            assert isinstance(journal.note("where"), str | None)
             journal.known(["new"])
             journal.tend(3e9)
             journal.settle(Settlement([entry.seq for entry in new], {"written": 3}, {}))
