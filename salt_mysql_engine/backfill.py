@@ -25,10 +25,10 @@ async def backfill(session: Session, *, limit: int) -> int:
     jids: list[str] = []
     size = 0
     for jid, characters in waiting:
-        if jids and size + characters > _BYTES:
+        if jids and size + (characters or 0) > _BYTES:
             break
         jids.append(jid)
-        size += characters
+        size += characters or 0  # NULL, in tables of another's
     if not jids:
         await session.commit()
         return 0
@@ -49,8 +49,8 @@ async def backfill(session: Session, *, limit: int) -> int:
     return len(rows)
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: Any) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         return None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import records, sql
-from .records import Ignored, Opened, Record, Selection
+from .records import Ignored, Opened, Record, Return, Selection
 from .stencil import Stencils
 
 log = logging.getLogger(__name__)
@@ -16,13 +16,24 @@ log = logging.getLogger(__name__)
 class Plain(NamedTuple):
     """A return of which no more is kept than its row, for a batch of highstates would else take a hundred megabytes.
 
-    ``key`` is its jid and minion, ``body`` its event, for those who need all of it, and ``data`` what it says but for
-    the value, where that is known.
+    ``key`` is its jid and minion, ``body`` its event, for those who need all of it, ``selection`` the one by which its
+    row was made, and ``data`` what it says but for the value, where that is known.
     """
 
     key: tuple[str, str]
     body: bytes
+    selection: Selection
     data: dict[str, Any] | None = None
+
+    def whole(self, captured_at: float) -> Return:
+        """All of it, as its row has it, whatever the settings are by now."""
+        event = records.open_event(self.body)
+        record = records.interpret(event, captured_at, self.selection) if isinstance(event, Opened) else None
+        if not isinstance(record, Record) or record.ret is None:
+            raise ValueError(
+                f"the event of {self.key[1]!r} for jid {self.key[0]} is no return when it is looked at again"
+            )
+        return record.ret
 
 
 class Item(NamedTuple):
@@ -61,7 +72,7 @@ class Maker:
             cut = self._stencils.cut(body)
             if cut is not None:
                 key, row = cut
-                return Item(seq, captured_at, Plain(key, body), row, b"", len(row))
+                return Item(seq, captured_at, Plain(key, body, self.selection), row, b"", len(row))
             return self._made(seq, captured_at, body, event or records.open_event(body))
         except Exception as exc:
             log.exception("An event cannot be made a row, and goes to the dead letters")
@@ -78,7 +89,9 @@ class Maker:
         if ret and not ret.trimmed and not load and not stored:
             self._stencils.learn(body, record)
             data = {key: value for key, value in ret.data.items() if key != "return"}
-            return Item(seq, captured_at, Plain((ret.jid, ret.id), body, data), return_row, b"", len(return_row))
+            return Item(
+                seq, captured_at, Plain((ret.jid, ret.id), body, self.selection, data), return_row, b"", len(return_row)
+            )
         event_row = sql.event_row(stored, self.selection.master_id, self._event_key(seq)) if stored else b""
         # A load's text is made when it has met the one that stands; until then its event's size will do.
         size = len(return_row) + len(event_row) + (len(body) if load else 0)

@@ -30,6 +30,7 @@ _PATIENCE_SECONDS = 30.0
 _DUTY = 0.5
 """The share of the time that the database may be kept at work with this."""
 _DAY = 86_400.0
+_CLOCKS_SECONDS = 600.0
 
 
 class Retention:
@@ -39,6 +40,8 @@ class Retention:
         self.days = 0.0
         self.archive = False
         self.partitions = "none"
+        self.confirmed = False
+        """Whether the master's own pillar has confirmed these: before that nothing is deleted, and no table changed."""
         self.last: dict[str, Any] | None = None
         """What the last purge took out, and when (seconds since the epoch)."""
         self.error = ""
@@ -72,6 +75,9 @@ class Retention:
                 if str(exc) != self.error:
                     log.error("The tables cannot be looked after: %s. Jobs are stored all the same.", exc)
                 self.error = str(exc)
+            except Exception as exc:  # whatever it is, the next round comes
+                log.exception("The tables cannot be looked after. Jobs are stored all the same")
+                self.error = f"{type(exc).__name__}: {exc}; the master's log has more"
 
     async def round(self) -> None:
         """One round.
@@ -88,11 +94,11 @@ class Retention:
                 while filled := await steady.transaction(lambda session: backfill(session, limit=_BACKFILL_ROWS)):
                     self.filled += filled
                     await asyncio.sleep(0.1)
-            now = time.time()
-            if time.monotonic() < self._purged_at + _PURGE_SECONDS:
+            if not self.confirmed or time.monotonic() < self._purged_at + _PURGE_SECONDS:
                 return
+            now = await self._now(steady)
             if self.partitions != "none":
-                await self._make_partitions(steady)
+                await self._make_partitions(steady, now)
             if self.days:
                 began = time.monotonic()
                 done = await purge(
@@ -107,8 +113,20 @@ class Retention:
                     )  # fmt: skip
             self._purged_at = time.monotonic()
 
-    async def _make_partitions(self, steady: Steady) -> None:
-        today = datetime.datetime.now(datetime.timezone.utc).date()
+    async def _now(self, steady: Steady) -> float:
+        """The earlier of two clocks, the server's and ours: one that is ahead must not make everything old."""
+        ((there,),) = await steady.rows("SELECT UNIX_TIMESTAMP()")
+        here = time.time()
+        if abs(here - float(there)) > _CLOCKS_SECONDS:
+            log.warning(
+                "The clocks of the master and of the database server are %d s apart: what is too old is judged by the "
+                "earlier one. Set them right.",
+                abs(here - float(there)),
+            )
+        return min(here, float(there))
+
+    async def _make_partitions(self, steady: Steady, now: float) -> None:
+        today = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).date()
         for table in schema.PARTITIONED:
             made = await partitions.extend(steady, table, self.partitions, today)
             if made:

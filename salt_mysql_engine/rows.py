@@ -20,7 +20,7 @@ from . import jsontext, records, sql
 from .database import Session
 from .errors import RowsRejected, ServerUnavailable
 from .items import Item, Plain
-from .records import Load, Record, Return, Selection
+from .records import Load, Record, Return
 from .schema import Shape
 
 log = logging.getLogger(__name__)
@@ -49,14 +49,14 @@ class Rows:
         session: Session,
         shape: Shape,
         *,
-        selection: Selection,
+        master_id: str,
         known_jobs: Container[str],
         uncertain_through: int,
         on_sending: Callable[[], None],
     ) -> None:
         self._session = session
         self._shape = shape
-        self._selection = selection
+        self._master_id = master_id
         self._known_jobs = known_jobs
         self._on_sending = on_sending
         self._uncertain_through = uncertain_through
@@ -141,11 +141,7 @@ class Rows:
         """An item's return, whole."""
         record = item.outcome
         if isinstance(record, Plain):
-            event = records.open_event(record.body)
-            assert isinstance(event, records.Opened)
-            again = records.interpret(event, item.captured_at, self._selection)
-            assert isinstance(again, Record)
-            record = again
+            return record.whole(item.captured_at)
         assert isinstance(record, Record)
         assert record.ret is not None
         return record.ret
@@ -246,11 +242,11 @@ class Rows:
             assert item.outcome.event is not None
             event = item.outcome.event._replace(data_json=self._text(item.outcome.event.data_json))
             if item.seq > self._uncertain_through or not await self._is_stored(event):
-                rows.append(sql.event_row(event, self._selection.master_id, None))
+                rows.append(sql.event_row(event, self._master_id, None))
         return await self._insert(sql.INSERT_EVENTS_WITHOUT_KEY, rows, b"")
 
     async def _is_stored(self, event: records.Event) -> bool:
-        return bool(await self._session.query(sql.select_event(event, self._selection.master_id)))
+        return bool(await self._session.query(sql.select_event(event, self._master_id)))
 
     async def _insert(self, head: bytes, rows: Iterable[bytes], tail: bytes) -> int:
         affected = 0
@@ -297,8 +293,8 @@ def _digest(ret: Return) -> str:
     return hashlib.sha1(ret.return_json.encode(), usedforsecurity=False).hexdigest()
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: Any) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # someone else's row
+    except (ValueError, TypeError, RecursionError):  # someone else's row: NULL, say
         return None

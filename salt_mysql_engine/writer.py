@@ -11,7 +11,9 @@ made. Nothing of that comes before a batch that is ready, so that the server nev
 What an error does is its verdict. RETRY: the same batch again, after full-jitter back-off from 0.5 s
 doubling to 30 s. OPERATOR: the same, from 5 s on, with the remedy in the log. SPLIT: the batch is
 halved until the refused row stands alone and becomes a dead letter; that happens only on the server's
-own word about a row, never because it is away.
+own word about a row, never because it is away. An exception that nobody expects while rows are put together is taken
+for a fault of one of them in the same way; where that goes on from event to event it is none of theirs, and they wait
+between. Nothing ends the writer but its cancellation.
 """
 
 from __future__ import annotations
@@ -30,7 +32,15 @@ from . import moments, records, schema
 from .batcher import Batcher, Limits
 from .capture import InJournal
 from .database import Database, Session
-from .errors import AnswerTimeout, DatabaseError, OperatorNeeded, RowsRejected, Verdict
+from .errors import (
+    AnswerTimeout,
+    DatabaseError,
+    JournalError,
+    OperatorNeeded,
+    RowsRejected,
+    ServerUnavailable,
+    Verdict,
+)
 from .items import Item, Maker, Plain
 from .journal import Entry, Journal, Settlement
 from .journalfile import CONFIRMED
@@ -49,6 +59,9 @@ _AT_A_TIME_SECONDS = 0.0002
 its answer to the batch before takes several turns."""
 _JOURNAL_RETRY_SECONDS = 1.0
 _LAST_SETTLE_SECONDS = 1.0
+_FAULTS_AT_ONCE = 3
+"""So many events in a row may be at fault without a pause."""
+_FAULT_SECONDS = 1.0
 _MOST_KNOWN_JOBS = 10_000
 _KNOWN_SECONDS = 3600.0
 """A job that began longer ago may be purged between two of its returns, by any master: it is asked for each time."""
@@ -63,6 +76,10 @@ class Fault(NamedTuple):
 
     at: float
     message: str
+
+
+class _RowsFault(Exception):
+    """Rows could not be put together, for a reason that nobody expects."""
 
 
 class Writer:
@@ -89,6 +106,8 @@ class Writer:
         self.batches: collections.Counter[str] = collections.Counter()
         self.retries = 0
         self.conflicts = 0
+        self.faults = 0
+        """Exceptions that nobody expects."""
         self.lags: collections.deque[float] = collections.deque(maxlen=10_000)
         """Seconds from capture to COMMIT of the newest rows."""
         self.server_version = ""
@@ -123,7 +142,10 @@ class Writer:
         """Set while there is time for everything but sending: the server works, or is away, or no batch is ready."""
         self._server_works.set()
         self._maker = Maker(selection, journal.event_key)
-        self._said = Fault(0.0, "")
+        self._faults_in_a_row = 0
+        """Events at fault since the last one that was written."""
+        self._said = ""
+        self._say_again_at = 0.0
         self._settled: asyncio.Event = asyncio.Event()
 
     def wake(self) -> None:
@@ -184,16 +206,13 @@ class Writer:
         while True:
             self._news.clear()
             self._unread = self._unread_bytes = 0
-            room = self.batcher.room
-            if room.batch_size > 0 and room.batch_bytes > 0:
-                events, self._cursor, caught_up = await self._journalled(
-                    functools.partial(
-                        self._verifier.read, after=self._cursor, rows=room.batch_size, max_bytes=room.batch_bytes
-                    )
-                )
-                await self._take_in(events, loop.time())
-            else:
-                caught_up = False
+            try:
+                caught_up = await self._read_some(loop)
+            except Exception:  # whatever it is, nothing was taken out of the journal
+                self.faults += 1
+                log.exception("Events cannot be read from the journal; trying on")
+                await asyncio.sleep(_FAULT_SECONDS)
+                continue
             oldest = self.batcher.oldest
             reason = self.batcher.due(loop.time(), asked=oldest is not None and oldest.seq <= self._asked_through)
             if reason is not None:
@@ -203,6 +222,23 @@ class Writer:
                 if not len(self.batcher) and not self._delivering and self._is_settled:
                     self._settled.set()  # what a flush waits for may wait for the job cache
                 await self._wait(self.batcher.deadline)
+
+    async def _read_some(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Fills the batcher as far as it has room; whether that is all there is."""
+        room = self.batcher.room
+        if room.batch_size <= 0 or room.batch_bytes <= 0:
+            return False
+        caught_up: bool
+        events, cursor, caught_up = await self._journalled(
+            functools.partial(self._verifier.read, after=self._cursor, rows=room.batch_size, max_bytes=room.batch_bytes)
+        )
+        items = await self._made(events)
+        now, wall = loop.time(), time.time()
+        for item in items:  # all of them or, where something went wrong until here, none
+            # The journal keeps wall-clock time, which can be set back or on; age is at least 0.
+            self.batcher.add(item, size=item.size, since=now - max(0.0, wall - item.captured_at))
+        self._cursor = cursor
+        return caught_up
 
     async def _wait(self, deadline: float | None) -> None:
         """Until there is news or the deadline comes: one wake-up and one timer, no polling."""
@@ -215,21 +251,19 @@ class Writer:
         finally:
             handle.cancel()
 
-    async def _take_in(self, events: list[Entry | Checked], now: float) -> None:
+    async def _made(self, events: list[Entry | Checked]) -> list[Item]:
         if self._maker.selection is not self.selection:
             self._maker = Maker(self.selection, self._journal.event_key)
-        wall = time.time()
+        items: list[Item] = []
         until = time.monotonic() + _AT_A_TIME_SECONDS
         for each in events:
             entry, event, error = (each, None, "") if isinstance(each, Entry) else each
             item = self._maker.make(entry.seq, entry.captured_at, entry.body, event, error)
-            if entry.state == CONFIRMED:
-                item = item._replace(confirmed=entry.body)
-            # The journal keeps wall-clock time, which can be set back or on; age is at least 0.
-            self.batcher.add(item, size=item.size, since=now - max(0.0, wall - entry.captured_at))
+            items.append(item._replace(confirmed=entry.body) if entry.state == CONFIRMED else item)
             if time.monotonic() >= until:
                 await asyncio.sleep(0)
                 until = time.monotonic() + _AT_A_TIME_SECONDS
+        return items
 
     async def _deliver(self, batch: list[Item]) -> None:
         """Writes a batch and settles it, however long that takes."""
@@ -258,14 +292,42 @@ class Writer:
                     await self._deliver(batch[middle:])
                     return
                 continue
+            except _RowsFault as exc:
+                if len(batch) > 1:
+                    middle = len(batch) // 2
+                    await self._deliver(batch[:middle])
+                    await self._deliver(batch[middle:])
+                    return
+                await self._bury(batch[0], exc)
+                return
+            except Exception as exc:  # before or after the rows: nobody's fault
+                self.faults += 1
+                if self._session is not None:
+                    self._session.close()
+                log.exception("A batch cannot be written; trying again")
+                await self._back_off(ServerUnavailable(f"a fault of ours: {type(exc).__name__}: {exc}"), attempt)
+                attempt += 1
+                continue
+            self._faults_in_a_row = 0
             if self.failing:
                 log.warning("The database at %s takes rows again", self.server_host)
                 self.failing = False
             dead = {item.seq: ("fault", item.error) for item in batch if item.error}
             await self._settle(_settlement(batch, fates, dead))
             now = time.time()
-            self.lags.extend(now - item.captured_at for item in batch)
+            self.lags.extend(max(0.0, now - item.captured_at) for item in batch)
             return
+
+    async def _bury(self, item: Item, exc: _RowsFault) -> None:
+        """An event that cannot be made a row, whatever it is, becomes a dead letter."""
+        why = exc.__cause__ or exc
+        self.faults += 1
+        log.error("An event cannot be written, and goes to the dead letters", exc_info=why)
+        if self._faults_in_a_row >= _FAULTS_AT_ONCE:
+            fault = ServerUnavailable(f"a fault of ours, event after event: {type(why).__name__}: {why}")
+            await self._back_off(fault, self._faults_in_a_row - _FAULTS_AT_ONCE)
+        self._faults_in_a_row += 1
+        await self._settle(_settlement([item], {}, {item.seq: ("fault", f"{type(why).__name__}: {why}")}))
 
     async def _settle(self, settlement: Settlement) -> None:
         self._server_works.set()
@@ -277,7 +339,11 @@ class Writer:
 
     async def _settle_soon(self, settlement: Settlement) -> None:
         await self._server_works.wait()  # a batch that is ready has cleared this by now
-        await self._journalled(lambda: self._in_journal(self._journal.settle, settlement))
+        try:
+            await self._journalled(lambda: self._in_journal(self._journal.settle, settlement))
+        except Exception:  # what it was about stays in the journal until the next start, and is written once more then
+            self.faults += 1
+            log.exception("What became of a batch cannot be put into the journal")
 
     @property
     def _is_settled(self) -> bool:
@@ -288,11 +354,11 @@ class Writer:
         while True:
             try:
                 return await work()
-            except sqlite3.Error as exc:
+            except (sqlite3.Error, OSError, JournalError) as exc:
                 self.fault = Fault(time.time(), f"the journal {self._journal.path}: {exc}")
-                if self._said.message != self.fault.message:
+                if self._said != self.fault.message:
                     log.error("The journal %s cannot be used: %s; trying on", self._journal.path, exc)
-                    self._said = self.fault
+                    self._said, self._say_again_at = self.fault.message, 0.0
                 await asyncio.sleep(_JOURNAL_RETRY_SECONDS)
 
     async def _back_off(self, exc: DatabaseError, attempt: int) -> None:
@@ -307,9 +373,9 @@ class Writer:
 
     def _note(self, exc: DatabaseError) -> None:
         self.fault = Fault(time.time(), str(exc))
-        if str(exc) == self._said.message and self.fault.at < self._said.at + _SAY_AGAIN_SECONDS:
+        if str(exc) == self._said and time.monotonic() < self._say_again_at:
             return
-        self._said = self.fault
+        self._said, self._say_again_at = str(exc), time.monotonic() + _SAY_AGAIN_SECONDS
         waiting = "events wait in the journal, nothing is lost"
         if isinstance(exc, OperatorNeeded):
             log.error("The database needs a person: %s (%s)", exc, waiting)
@@ -343,6 +409,13 @@ class Writer:
             if len(rows) == 1:
                 await self._write_job_of(rows[0])
             raise
+        except DatabaseError:
+            raise
+        except Exception as exc:
+            if session.usable:
+                await session.rollback()
+                await into.end()
+            raise _RowsFault from exc
         await into.end()
         self.conflicts += done.conflicts
         if len(self._known_jobs) + len(into.jobs) > _MOST_KNOWN_JOBS:
@@ -361,7 +434,7 @@ class Writer:
         return Rows(
             session,
             self._shape,
-            selection=self.selection,
+            master_id=self.selection.master_id,
             known_jobs=self._known_jobs,
             uncertain_through=self._uncertain_through,
             on_sending=self._server_works.set,

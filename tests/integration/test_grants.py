@@ -81,6 +81,7 @@ def keep_partitions(opts: dict[str, Any], directory: Path) -> None:
     async def keep() -> None:
         login = Database(lambda: Connection.from_opts(opts), connect_timeout=10, statement_timeout=60)
         keeper = Retention(login)
+        keeper.confirmed = True
         keeper.days = 30
         keeper.partitions = "month"
         await keeper.round()

@@ -368,6 +368,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "_ROUND_SECONDS", 0.05)
 
 
+def keeper_of(database: Scratch) -> Retention:
+    keeper = Retention(database_of(database))
+    keeper.confirmed = True
+    return keeper
+
+
 @contextlib.contextmanager
 def running(keeper: Retention) -> Iterator[asyncio.Task[None]]:
     task = asyncio.create_task(keeper.run())
@@ -385,7 +391,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_the_engine_takes_out_what_is_too_old_and_at_once_when_told_of_new_settings(database: Scratch) -> None:
     make_ours(database)
     fill(database)
-    keeper = Retention(database_of(database))
+    keeper = keeper_of(database)
     with running(keeper):
         await asyncio.sleep(0.3)
         assert jids(database) == {*OLD, *NEW, *STRANGE}  # for ever, by default
@@ -409,7 +415,7 @@ async def test_the_engine_makes_the_coming_partitions(database: Scratch) -> None
     for table in schema.PARTITIONED:
         database.sql(f"ALTER TABLE {table} {partitions.clause(partitions.layout('day', then, then))}")
     add_job(database, "99991231000000000000", "web1")
-    keeper = Retention(database_of(database))
+    keeper = keeper_of(database)
     keeper.partitions = "day"
     wanted = [part.name for part in partitions.layout("day", then, NOW.date())]
     with running(keeper):
@@ -434,7 +440,7 @@ async def test_the_engine_fills_in_what_other_writers_leave_out(database: Scratc
     for each, (load, _) in loads.items():
         database.sql("INSERT INTO jids (jid, `load`) VALUES (%s, %s)", each, load)
     database.sql("INSERT INTO jids VALUES (%s, '{}', 'there', 'is', 'one')", job(1, 6))
-    keeper = Retention(database_of(database))
+    keeper = keeper_of(database)
     with running(keeper):
         await until(lambda: database.sql("SELECT 1 FROM jids WHERE fun IS NULL") == [])
         await until(lambda: keeper.filled == len(loads))
@@ -443,12 +449,65 @@ async def test_the_engine_fills_in_what_other_writers_leave_out(database: Scratc
 
 
 @pytest.mark.usefixtures("quick")
+async def test_nothing_is_purged_by_settings_that_no_pillar_has_confirmed(database: Scratch) -> None:
+    make_ours(database)
+    fill(database)
+    keeper = Retention(database_of(database))
+    keeper.days = 30
+    with running(keeper):
+        await asyncio.sleep(0.5)
+        assert jids(database) == {*OLD, *NEW, *STRANGE}
+        keeper.confirmed = True
+        await until(lambda: jids(database) == {*NEW, *STRANGE})
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_clock_that_is_ahead_makes_nothing_old(
+    database: Scratch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_ours(database)
+    fill(database)
+    keeper = keeper_of(database)
+    keeper.days = 30
+    ahead = time.time() + 300 * 86_400
+    monkeypatch.setattr(retention.time, "time", lambda: ahead)
+    with running(keeper):
+        await until(lambda: jids(database) == {*NEW, *STRANGE})
+        await until(lambda: keeper.last is not None)
+    assert "The clocks of the master and of the database server are" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+async def test_upkeep_goes_on_whatever_rows_others_left_and_whatever_goes_wrong(
+    database: Scratch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_ours(database)
+    database.sql("ALTER TABLE jids MODIFY `load` LONGTEXT NULL")
+    database.sql("INSERT INTO jids (jid, `load`) VALUES (%s, NULL)", job(1))
+    keeper = keeper_of(database)
+
+    async def fail(*_: Any, **__: Any) -> int:
+        raise ZeroDivisionError("a fault of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retention, "backfill", fail)
+        with running(keeper) as task:
+            await until(lambda: "ZeroDivisionError: a fault of ours" in keeper.error)
+            assert "a fault of ours" in caplog.text
+            assert not task.done()
+            patch.undo()
+            await until(lambda: keeper.filled == 1 or not keeper.error)
+            assert not task.done()
+    await until(lambda: database.sql("SELECT fun FROM jids") == [("",)])
+
+
+@pytest.mark.usefixtures("quick")
 async def test_what_goes_wrong_is_said_once_and_ends_nothing(
     database: Scratch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_ours(database)
     add_job(database, OLD[0], "web1")
-    keeper = Retention(database_of(database))
+    keeper = keeper_of(database)
     keeper.days = 30
     database.server.sql(f"REVOKE ALL ON `{database.name}`.* FROM `{database.name}`")
     database.server.sql(f"GRANT SELECT, UPDATE ON `{database.name}`.* TO `{database.name}`")
@@ -468,7 +527,7 @@ async def test_upkeep_beside_the_writer_costs_no_row(
     database: Scratch, shipping: Callable[..., Shipping], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "_PURGE_SECONDS", 0.0)
-    keeper = Retention(database_of(database))
+    keeper = keeper_of(database)
     keeper.days = 30
     rounds = 0
     async with shipping(flush_interval=0.01, batch_size=30) as ship:

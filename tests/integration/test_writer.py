@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from salt_mysql_engine import moments, records, writer
+from salt_mysql_engine import moments, records, settings, writer
 from salt_mysql_engine.errors import OperatorNeeded
 from tests.support.oldtables import make_version_1
 from tests.support.scratch import Scratch
@@ -798,3 +798,104 @@ async def test_two_statements_in_one_are_refused_by_the_server(database: Scratch
             await session.execute("CREATE TABLE one (a INT); CREATE TABLE two (a INT)")
         assert not session.usable
     assert database.sql("SHOW TABLES") == []
+
+
+# Whatever goes wrong with one event makes one dead letter
+
+
+class OfOurs(Exception):
+    """A fault that nobody expects."""
+
+
+async def test_settings_that_change_while_returns_wait_end_nothing_and_change_none_of_them(
+    database: Scratch, shipping: Make
+) -> None:
+    bodies = returns(3)
+    async with shipping(flush_interval=NEVER) as ship:
+        await ship.ship(*bodies)
+        await ship.take(*bodies, returned(jid(1), "web2"))
+        await ship.until(lambda: len(ship.writer.batcher) == 4)
+        without = settings.combine({"skip_functions": ["test.*"], "skip_values": ["*"]}, {})
+        ship.writer.selection = ship.verifier.selection = records.Selection(without, master_id=MASTER)
+        books = await ship.drain()
+        assert (books["written"], books["duplicates"], ship.writer.conflicts) == (4, 3, 0)
+    assert {row["return"] for row in database.rows("salt_returns")} == {"true"}
+
+
+async def test_a_load_that_is_null_is_written_over_and_ends_nothing(database: Scratch, shipping: Make) -> None:
+    async with shipping() as ship:
+        await ship.ship(returned(jid(1), "web1"))
+        database.sql("ALTER TABLE jids MODIFY `load` LONGTEXT NULL")
+        database.sql(f"INSERT INTO jids (jid, `load`) VALUES ('{jid(2)}', NULL)")
+        books = await ship.ship(published(jid(2), ["web1"]), returned(jid(2), "web1"), published(jid(3), ["web1"]))
+        assert (books["written"], books["dead_letters"]) == (4, 0)
+        assert ship.writer.faults == 0
+    assert load(database, jid(2))["Minions"] == ["web1"]
+
+
+async def test_an_event_at_which_the_writer_fails_is_one_dead_letter_and_its_neighbours_are_written(
+    database: Scratch, shipping: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    genuine = records.job_columns
+
+    def columns(load: dict[str, object]) -> tuple[str, str, str]:
+        if load["jid"] == jid(7):
+            raise OfOurs("seven")
+        return genuine(load)
+
+    monkeypatch.setattr(records, "job_columns", columns)
+    async with shipping() as ship:
+        books = await ship.ship(*returns(20))
+        assert (books["written"], books["dead_letters"]) == (19, 1)
+        (letter,) = await ship.dead_letters()
+        assert letter == (jid(7), "minion-7", "OfOurs: seven")
+        assert "OfOurs: seven" in caplog.text
+    assert database.count("salt_returns") == 19
+
+
+async def test_faults_that_come_event_after_event_do_not_bury_what_waits(
+    database: Scratch, shipping: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OfOurs("always")
+
+    async with shipping(flush_interval=0.01) as ship:
+        with monkeypatch.context() as patch:
+            patch.setattr(records, "job_columns", fail)
+            await ship.take(*returns(100))
+            await ship.until(lambda: ship.writer.failing)
+        await ship.until(lambda: ship.journal.pending == 0)
+        books = await ship.books()
+        assert books["written"] + books["dead_letters"] == 100
+        assert books["dead_letters"] < 10
+    assert database.count("salt_returns") == books["written"]
+
+
+@pytest.mark.parametrize("where", ["read", "ready", "settle"])
+async def test_a_fault_around_a_batch_ends_nothing_and_costs_no_event(
+    database: Scratch, shipping: Make, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    async with shipping(flush_interval=0.01) as ship:
+        await ship.ship(returned(jid(100), "first"))
+        ship.writer.tables_known = False
+        owner, name = {
+            "read": (ship.verifier, "read"),
+            "ready": (writer.schema, "ensure"),
+            "settle": (ship.journal, "settle"),
+        }[where]
+        genuine, failed = getattr(owner, name), []
+
+        def once(*args: object, **more: object) -> object:
+            if not failed:
+                failed.append(name)
+                raise OfOurs(name)
+            return genuine(*args, **more)
+
+        monkeypatch.setattr(owner, name, once)
+        await ship.take(*returns(5))
+        await ship.until(lambda: database.count("salt_returns") == 6)
+        await ship.until(lambda: ship.writer.faults == 1)
+        monkeypatch.setattr(owner, name, genuine)
+        if where != "settle":
+            await ship.until(lambda: ship.journal.pending == 0)
+            assert (await ship.books())["written"] == 6
