@@ -214,7 +214,8 @@ class Engine:
 
     async def status(self) -> dict[str, Any]:
         """Everything an operator asks: the books, lag, faults, server, settings."""
-        books, oldest = await self._in_journal(lambda: (self._journal.books(), self._journal.oldest()))
+        deferred = self._verifier.deferred
+        books, oldest = await self._in_journal(lambda: (self._journal.books(), self._journal.oldest(deferred)))
         writer, bus = self._writer, self._bus
         lags = sorted(writer.lags)
         return {

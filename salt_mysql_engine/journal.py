@@ -35,7 +35,7 @@ import logging
 import sqlite3
 import struct
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -411,10 +411,12 @@ class Journal(MendedFile):
         return int(count)
 
     @mended
-    def oldest(self) -> float | None:
-        """When the oldest pending event was captured, in seconds since the epoch."""
-        row = self._db.execute("SELECT captured_at FROM events ORDER BY seq LIMIT 1").fetchone()
-        return None if row is None else float(row[0])
+    def oldest(self, but_for: Container[int] = ()) -> float | None:
+        """When the oldest pending event was captured, in seconds since the epoch; ``but_for`` those of some ``seq``."""
+        for seq, captured_at in self._db.execute("SELECT seq, captured_at FROM events ORDER BY seq"):
+            if seq not in but_for:
+                return float(captured_at)
+        return None
 
     @mended
     def newest_seq(self) -> int:

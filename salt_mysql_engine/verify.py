@@ -27,7 +27,7 @@ import itertools
 import logging
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable
 from typing import Any, NamedTuple
 
 from . import records
@@ -128,6 +128,11 @@ class Verifier:
     def waiting(self) -> int:
         """Events that wait for the job cache."""
         return len(self._deferred)
+
+    @property
+    def deferred(self) -> Container[int]:
+        """The same by their ``seq``: the writer is not behind with these."""
+        return self._deferred.keys()
 
     async def read(self, *, after: int, rows: int, max_bytes: int) -> tuple[list[Entry | Checked], int, bool]:
         """The next events that may become rows, the ``seq`` up to which was read, and whether that was all there is.

@@ -1238,3 +1238,10 @@ def test_an_upgrade_that_fails_leaves_the_old_file_as_it_was(
     journal.open()
     assert (journal.pending, balance(journal)) == (len(everything(journal)), 0)
     journal.close()
+
+
+def test_what_is_deferred_is_not_what_the_writer_is_behind_with(journal: Journal) -> None:
+    journal.append([NewEvent(float(n), f"j{n}", "m", b"x") for n in range(1, 6)])
+    assert journal.oldest() == 1.0
+    assert journal.oldest({1, 2, 4}) == 3.0
+    assert journal.oldest(range(1, 6)) is None
