@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import salvage
-from .journalfile import CONFIRMED
+from .journalfile import CONFIRMED, STUB
 
 
 class DeadLetter(NamedTuple):
@@ -42,7 +42,8 @@ def bury(db: sqlite3.Connection, seq: int, reason: str, error: str) -> int:
 
 def trim(db: sqlite3.Connection, *, most: int, max_bytes: int) -> int:
     """Drops those that died first, above ``most`` of each reason, or of the reason that takes most room above
-    ``max_bytes`` of events; gives how many. So a flood of one kind pushes out none of another."""
+    ``max_bytes`` of events; gives how many. So a flood of one kind pushes out none of another by number, and by bytes
+    those alone that take more room than the flood."""
     dropped = 0
     while True:
         by_reason: dict[str, tuple[int, int]] = {
@@ -88,12 +89,13 @@ def delete(db: sqlite3.Connection, seq: int | None) -> int:
 
 
 def revive(db: sqlite3.Connection, seq: int | None, *, trusted: bool) -> int:
-    """Makes one, or all, events again, each in the state that it had; ``trusted``: that need no confirmation. Gives
-    how many."""
+    """Makes one, or all, events again, each in the state that it had; ``trusted``: that need no confirmation, but for
+    stubs, which hold nothing to be trusted. Gives how many."""
     where, values = _which(seq)
+    state = f"CASE state WHEN {STUB} THEN {STUB} ELSE {CONFIRMED} END" if trusted else "state"
     again = db.execute(
         "INSERT INTO events (captured_at, jid, minion, body, state) "
-        f"SELECT captured_at, jid, minion, body, {CONFIRMED if trusted else 'state'} FROM dead_letters{where} "
+        f"SELECT captured_at, jid, minion, body, {state} FROM dead_letters{where} "
         "ORDER BY seq",
         values,
     ).rowcount

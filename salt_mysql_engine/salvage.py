@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 BROKEN = (sqlite3.DatabaseError, UnicodeDecodeError)
 """What a damaged file raises: also where SQLite's message quotes a damaged name, which Python then cannot decode."""
 
-_CORRUPTION = ("malformed", "not a database", "disk image", "database corruption", "Could not decode to UTF-8")
+_CORRUPTION = (
+    "malformed", "not a database", "disk image", "database corruption", "Could not decode to UTF-8",
+    "no such column", "no such table", "has no column named",  # our statements name what every sound file has
+)  # fmt: skip
+_UPGRADED = {
+    "events": ("seq", "captured_at", "jid", "minion", "body", "state"),
+    "dead_letters": ("seq", "captured_at", "jid", "minion", "body", "error", "failed_at", "reason", "state"),
+}
+"""The order of the columns in a file that began with an older format."""
 _RANGES = (4096, 64, 1)
 _KEEP_FILES = 3
 _MAX_SEQ = 2**53
@@ -147,19 +155,24 @@ def _balance(db: sqlite3.Connection, saved: int) -> int | None:
 
 def _copy_rows(old: sqlite3.Connection, into: sqlite3.Connection, source: str, table: str) -> int:
     columns = [row[1] for row in into.execute(f"PRAGMA table_info({table})")]
-    named = list(columns)
+    named, orders = ", ".join(columns), [columns]
     with contextlib.suppress(*BROKEN):  # one of an older format has fewer, and calls the state otherwise
-        have = {row[1] for row in old.execute(f"PRAGMA table_info({source})")}
-        if have:
-            older = {"state": "trusted"} if "trusted" in have else {}
-            columns = [name for name in columns if older.get(name, name) in have]
-            named = [older.get(name, name) for name in columns]
-    names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+        have = [row[1] for row in old.execute(f"PRAGMA table_info({source})")]
+        older = {"state": "trusted"} if "trusted" in have else {}
+        known = [name for name in columns if older.get(name, name) in have]
+        if source == table and len(have) == len(columns) > len(
+            known
+        ):  # a name is damaged, and the values say which they are
+            named, orders = "*", [columns, list(_UPGRADED[table])]
+        elif known:
+            named, orders = ", ".join(older.get(name, name) for name in known), [known]
     saved = 0
-    for row in _readable(old, source, ", ".join(named)):
-        if not _is_sound(columns, row):
-            continue
-        saved += into.execute(f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({marks})", row).rowcount
+    for row in _readable(old, source, named):
+        for order in orders:
+            if _is_sound(order, row):
+                names, marks = ", ".join(order), ", ".join("?" * len(order))
+                saved += into.execute(f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({marks})", row).rowcount
+                break
     return saved
 
 
@@ -167,7 +180,7 @@ def _readable(old: sqlite3.Connection, table: str, names: str) -> Iterator[tuple
     """Every row that can be read, each once or more."""
     last = 0
     try:
-        for row in old.execute(f"SELECT {names} FROM {table} ORDER BY seq"):
+        for row in old.execute(f"SELECT {names} FROM {table} ORDER BY rowid"):
             if isinstance(row[0], int):
                 last = row[0]
             yield row
@@ -181,7 +194,7 @@ def _readable(old: sqlite3.Connection, table: str, names: str) -> Iterator[tuple
 
 
 def _last_seq(old: sqlite3.Connection, table: str) -> int | None:
-    for statement in (f"SELECT MAX(seq) FROM {table}", "SELECT MAX(seq) FROM sqlite_sequence"):
+    for statement in (f"SELECT MAX(rowid) FROM {table}", "SELECT MAX(seq) FROM sqlite_sequence"):
         with contextlib.suppress(*BROKEN):
             (seq,) = old.execute(statement).fetchone()
             if isinstance(seq, int) and seq < _MAX_SEQ:
@@ -196,7 +209,7 @@ def _in_ranges(
     for start in range(first, end + 1, sizes[0]):
         stop = min(start + sizes[0] - 1, end)
         # A row that is looked up by its number is read without a step onto the page behind it.
-        where, values = ("seq = ?", (start,)) if start == stop else ("seq BETWEEN ? AND ?", (start, stop))
+        where, values = ("rowid = ?", (start,)) if start == stop else ("rowid BETWEEN ? AND ?", (start, stop))
         try:
             rows = old.execute(f"SELECT {names} FROM {table} WHERE {where}", values).fetchall()
         except BROKEN:

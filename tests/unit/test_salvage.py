@@ -864,3 +864,23 @@ def test_no_damage_keeps_the_journal_from_going_on(
         finally:
             journal.close()
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", [b"captured_at REAL", b"seq INTEGER PRIMARY", b"state INTEGER NOT", b"body BLOB"])
+def test_a_damaged_name_of_a_column_costs_no_row(intact: Path, tmp_path: Path, name: bytes) -> None:
+    folder = tmp_path / "journal"
+    shutil.copytree(intact, folder)
+    journal = Journal(folder)
+    journal.open()
+    whole = holdings(journal)["events"]
+    journal.close()
+    content = bytearray(journal.path.read_bytes())
+    at = content.index(name, content.index(b"CREATE TABLE events"))
+    content[at] ^= 0x04
+    journal.path.write_bytes(content)
+    journal.open()
+    assert holdings(journal)["events"] == whole
+    journal.append([NewEvent(2e9, "new", "m", b"new")])
+    assert journal.salvaged
+    assert balance(journal) == 0
+    journal.close()
