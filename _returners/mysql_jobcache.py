@@ -20,8 +20,8 @@ To have the jobs there alone:
     engines:
       - mysql_jobcache
 
-Then the master's processes put jobs and returns into the engine's journal, which takes some tens of microseconds and no
-network, and the engine ships them. What is read is what the database and the journal hold together.
+Then the master's processes hand jobs and returns over by local files, which takes some microseconds and no network, and
+the engine ships them. What is read is what the database and the engine's journal hold together.
 
 The connection is the engine's, ``mysql.*`` in the master config. On minions this returner does nothing.
 """
@@ -31,7 +31,7 @@ import logging
 import salt.utils.jid
 
 try:
-    from salt_mysql_engine import handoff
+    from salt_mysql_engine import spool
 
     HAS_PACKAGE = True
 except ImportError:
@@ -129,12 +129,15 @@ def _formatted(form, jid, load):
 
 
 def _hand_off(work):
-    if __opts__.get("__role") == "minion":
-        log.error("The returner mysql_jobcache is the master's: use it there, as master_job_cache")
-        return
     # Whatever goes wrong, the master's work goes on.
     try:
-        work(handoff.of(__opts__))
+        hand = spool.current()
+        if hand is None:
+            if __opts__.get("__role") == "minion":
+                log.error("The returner mysql_jobcache is the master's: use it there, as master_job_cache")
+                return
+            hand = spool.of(__opts__)
+        work(hand)
     except Exception:  # pylint: disable=broad-except
         log.exception("mysql_jobcache could not take what the master gave it")
 
@@ -151,9 +154,10 @@ def prep_jid(nocache=False, passed_jid=None):
 
 def save_load(jid, load, minions=None):
     """
-    Store what was published, and to whom.
+    Store what was published, and to whom. Salt gives each return here, too, which says all of itself (``returner``).
     """
-    _hand_off(lambda to: to.published(jid, load, minions))
+    if "return" not in load:
+        _hand_off(lambda to: to.published(jid, load, minions))
 
 
 def save_minions(jid, minions, syndic_id=None):  # noqa: ARG001 (Salt calls it so)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import datetime
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from . import records, settings
-from .errors import EngineError
+from .errors import EngineError, ServerUnavailable
 from .pending import Pending, warn
 from .reader import Reader, as_cached, as_listed, load_as_cached, parsed
 
@@ -22,7 +23,7 @@ Jobs = Iterator[tuple[str, dict[str, Any]]]
 
 
 class Answers:
-    """Answers for the master of ``opts``. The journal is always asked before MySQL; ``pending.py`` says why."""
+    """Answers for the master of ``opts``. What is pending is always asked for before MySQL; ``pending.py`` says why."""
 
     def __init__(self, opts: Mapping[str, Any]) -> None:
         self._opts = opts
@@ -31,14 +32,15 @@ class Answers:
     def load(self, jid: str) -> dict[str, Any]:
         """The job as it was published, and for whom; ``{}`` for an unknown one."""
         pending = self._pending.job(jid)
-        if _is_whole(pending.load):  # the question of every `salt` command, which waits for no database then
+        # The question of every `salt` command, which waits for no database then.
+        if pending.whole or _is_whole(pending.load):
             return load_as_cached(pending.load_over({}))
         return load_as_cached(pending.load_over(self._ask(lambda db: db.load(jid)) or {}))
 
     def returns(self, jid: str) -> dict[str, dict[str, Any]]:
         """What each minion answered: ``{minion: {"return": ..., ...}}``."""
         pending = self._pending.job(jid)
-        answers = self._ask(lambda db: db.returns(jid)) or {}
+        answers = {} if pending.whole else self._ask(lambda db: db.returns(jid)) or {}
         for minion, ret in pending.returns.items():
             if minion not in answers or (not ret.trimmed and records.is_trimmed(answers[minion]["return"])):
                 answers[minion] = as_cached(ret.full_ret_json)
@@ -107,10 +109,18 @@ class Answers:
         return self._ask(lambda db: db.endtimes(since)) or {}
 
     def _ask(self, question: Callable[[Reader], Answer]) -> Answer | None:
+        """What the database says; ``None`` where it does not answer, or has not answered others a moment ago."""
+        missing = "The database does not answer, and what it holds is missing here"
+        if self._pending.away:
+            warn(f"{missing}: {self._pending.away}")
+            return None
+        began = time.monotonic()
         try:
             return question(Reader(self._opts))
         except EngineError as exc:
-            warn(f"The database does not answer, and what it holds is missing here: {exc}")
+            warn(f"{missing}: {exc}")
+            if isinstance(exc, ServerUnavailable):
+                self._pending.say_away(str(exc), time.monotonic() - began)
             return None
 
 

@@ -188,7 +188,9 @@ def _no_number(word: str) -> Any:
     raise ValueError(f"{word} is no number")
 
 
-def ask(opts: Mapping[str, Any], verb: str, *, timeout: float = 5.0, **arguments: Any) -> Any:
+def ask(
+    opts: Mapping[str, Any], verb: str, *, timeout: float = 5.0, margin: float = _MARGIN_SECONDS, **arguments: Any
+) -> Any:
     """The runner's end: asks the engine, and waits ``timeout`` seconds and a margin.
 
     Raises:
@@ -198,7 +200,7 @@ def ask(opts: Mapping[str, Any], verb: str, *, timeout: float = 5.0, **arguments
     request = json.dumps({"verb": verb, **arguments}).encode() + b"\n"
     try:
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(timeout + _MARGIN_SECONDS)
+            sock.settimeout(timeout + margin)
             sock.connect(str(path))
             sock.sendall(request)
             with sock.makefile("rb") as stream:

@@ -8,6 +8,7 @@ wrong setting never end the engine.
 from __future__ import annotations
 
 import asyncio
+import base64
 import concurrent.futures
 import datetime
 import gc
@@ -20,13 +21,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import __version__, handoff, journalfile, records, settings
+from . import __version__, folders, records, settings, spool
 from .batcher import Limits
 from .bus import BusReader
 from .capture import Capture
 from .control import Argument, Control, Verb, socket_path
 from .database import Database
 from .errors import EngineError, SettingsError
+from .intake import Intake, Taken
 from .jobcache import JobCache
 from .journal import Caps, Journal
 from .pillar import OwnPillar
@@ -41,10 +43,14 @@ from .writer import Writer
 log = logging.getLogger(__name__)
 
 _TEND_SECONDS, _TEND_STEP_SECONDS = 10.0, 0.2
-_LOOK_SECONDS = 0.1
 _DAY, _END_OF_TIME = 86_400.0, 253_402_300_799.0  # seconds; the end of the year 9999
 _MOST_LETTERS = 1_000_000
 """As many as dead_letters_max allows."""
+_TAKE_SECONDS, _SELDOM_SECONDS = 0.1, 10.0
+"""How often the spool is looked at: with a hand-off, and without one, for what an earlier one left."""
+_PAGE_EVENTS, _PAGE_BYTES = 1000, 1024 * 1024
+_AWAY_SECONDS = 30.0
+"""For how long somebody's word counts that the database does not answer."""
 _STOP_SECONDS = 3.0
 """Salt kills an engine 5 s after SIGTERM (``wait_for_kill``, salt/master.py 3006-3008)."""
 _CANCEL_AGAIN_SECONDS = 1.2  # the writer settles its last batch within 1
@@ -85,7 +91,10 @@ class Engine:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "mysql_jobcache journal")
         self._cache_thread = concurrent.futures.ThreadPoolExecutor(1, "mysql_jobcache job cache")
         self._events_handed_off = settings.PILLAR_KEY in (self._opts.get("event_return") or ())
-        self._journal = Journal(journalfile.folder(self._opts["cachedir"]))
+        folder = folders.of_journal(str(self._opts["cachedir"]))
+        self._journal = Journal(folder)
+        self._intake = Intake(self._journal, folder)
+        self._said_away: tuple[float, str] | None = None
         self._database = Database(
             self._login,
             connect_timeout=self._settings.connect_timeout,
@@ -111,7 +120,7 @@ class Engine:
             on_append=self._writer.announce,
             on_loss=lambda: self._ask_reconcile("events that were dropped", 0.0),
         )
-        self._handed_off = handoff.is_used(self._opts)
+        self._handed_off = spool.is_used(self._opts)
         self._capture.handed_off = self._handed_off
         self._reconciler = (
             Reconciler(
@@ -167,6 +176,8 @@ class Engine:
             "delete_dead_letters": Verb(self.delete_dead_letters, {"seq": seq}),
             "retry": Verb(self.retry, {"seq": seq, "trust": Argument(bool)}),
             "tables_changed": Verb(self.tables_changed),
+            "pending": Verb(self.pending, {"jid": Argument(str, most=100, optional=True), "at": Argument(int)}),
+            "database_away": Verb(self.database_away, {"error": Argument(str, most=1000)}),
         }
         tasks = {
             name: asyncio.create_task(work, name=f"mysql_jobcache {name}")
@@ -178,7 +189,7 @@ class Engine:
                 "reconcile": self._reconciler.run() if self._reconciler else asyncio.Event().wait(),
                 "retention": self._retention.run(),
                 "tend": self._tend(),
-                "hand-off": self._watch_hand_off(),
+                "intake": self._take_handed_over(),
                 "control": Control(socket_path(self._opts), verbs).run(),
                 "pillar": self._refresh(),
                 "stop": self._stop.wait(),
@@ -207,6 +218,7 @@ class Engine:
             await self._capture.drain()
         finally:
             await _end(*tasks.values())
+            await self._in_journal(self._intake.close)
             await self._in_journal(self._journal.close)
             self._cache_thread.shutdown(wait=False)
             self._thread.shutdown(wait=False)
@@ -257,6 +269,10 @@ class Engine:
                     "events": len(lags),
                 },
             },
+            "spool": {
+                "waiting_bytes": await self._in_journal(lambda: self._intake.waiting_bytes),
+                "error": self._intake.error or None,
+            },
             "returns": {
                 "from": "the master's processes" if self._handed_off else "the bus",
                 "verified": self._verifier.enabled,
@@ -276,6 +292,7 @@ class Engine:
             EngineError: not all of it is, and why.
         """
         await self._capture.drain()
+        await self._take(self._intake.drain)
         pending = self._journal.pending
         try:
             await asyncio.wait_for(self._writer.flush(), seconds)
@@ -378,7 +395,7 @@ class Engine:
         salvaged = ""
         while True:
             await asyncio.sleep(_TEND_SECONDS)
-            handoff.forget_old(self._opts)
+            await self._in_journal(spool.forget_old, self._opts)
             more = True
             while more:
                 try:
@@ -391,19 +408,64 @@ class Engine:
                 salvaged = self._journal.salvaged
                 self._ask_reconcile("a corrupt journal", 0.0)
 
-    async def _watch_hand_off(self) -> None:
-        """Tells the writer of what the master's other processes append; they cannot."""
-        if not self._handed_off and not self._events_handed_off:
-            await asyncio.Event().wait()
-        while True:
+    async def pending(self, jid: str | None = None, at: int = 0) -> dict[str, Any]:
+        """A page of what is not in MySQL yet, of one job or of all; and what is known of the database.
+
+        ``behind``: the spool holds more. ``whole``: of this job MySQL holds nothing.
+        """
+        behind = False
+        if not at:
             try:
-                events, size = await self._in_journal(self._journal.look)
+                behind = (await self._take(self._intake.drain)).more
+            except sqlite3.Error:
+                behind = True
+        held, more, whole = await self._in_journal(self._held, jid, at)
+        return {
+            "events": held,
+            "more": more,
+            "at": held[-1][0] if held else at,
+            "behind": behind,
+            "whole": whole and not behind,
+            "away": self._away(),
+        }
+
+    def _held(self, jid: str | None, at: int) -> tuple[list[tuple[int, float, str, int]], bool, bool]:
+        entries = self._journal.held(jid=jid, at=at, rows=_PAGE_EVENTS, max_bytes=_PAGE_BYTES)
+        held = [(entry.seq, entry.captured_at, base64.b64encode(entry.body).decode(), entry.state) for entry in entries]
+        more = len(entries) == _PAGE_EVENTS or sum(len(entry.body) for entry in entries) >= _PAGE_BYTES
+        return held, more, jid is not None and self._handed_off and self._intake.holds_whole(jid)
+
+    async def database_away(self, error: str) -> dict[str, Any]:
+        """A reader waited for the database in vain."""
+        self._said_away = time.monotonic(), error
+        return {}
+
+    def _away(self) -> str:
+        """Why the database does not answer; nothing where it does, or nobody tried."""
+        writer = self._writer
+        if writer.away and writer.fault:
+            return writer.fault.message
+        if self._said_away is None:
+            return ""
+        at, error = self._said_away
+        return error if max(at, time.monotonic() - _AWAY_SECONDS) == at and writer.committed_at < at else ""
+
+    async def _take_handed_over(self) -> None:
+        """Takes what the master's other processes hand over into the journal."""
+        seconds = _TAKE_SECONDS if self._handed_off or self._events_handed_off else _SELDOM_SECONDS
+        while True:
+            more = False
+            try:
+                more = (await self._take(self._intake.step)).more
             except sqlite3.Error as exc:
-                log.debug("The journal cannot be looked at now: %s", exc)
-            else:
-                if events:
-                    self._writer.announce(events, size)
-            await asyncio.sleep(_LOOK_SECONDS)
+                log.debug("What was handed over cannot be taken now: %s", exc)
+            await asyncio.sleep(0 if more else seconds)
+
+    async def _take(self, how: Callable[[], Taken]) -> Taken:
+        taken: Taken = await self._in_journal(how)
+        if taken.events:
+            self._writer.announce(taken.events, taken.size)
+        return taken
 
     async def _in_cache(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._cache_thread, function, *args)

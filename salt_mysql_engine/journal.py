@@ -23,8 +23,9 @@ Recovery
     goes on in a new one with what can be read of it; so does one that somebody deletes while it is in
     use, with Salt's whole cache perhaps (``mending.py``).
 
-One engine at a time: an exclusive lock on ``lock`` beside the file, freed by the kernel at death. Other processes
-may append (``handoff.py``). All calls block; the engine makes them in one thread of its own.
+One engine at a time: an exclusive lock on ``lock`` beside the file, freed by the kernel at death. Its process alone
+opens the file; what others hand over comes by spool files (``intake.py``). All calls block; the engine makes them in
+one thread of its own.
 """
 
 from __future__ import annotations
@@ -99,8 +100,6 @@ class Journal(MendedFile):
         """Of the file's pages, those that hold something."""
         self.full = False
         self._taken_through = 0
-        self._seen_through = 0
-        self._data_version = 0
         self._checkpoint_at = 0.0
         self._warned = False
         self._uuid = b""
@@ -129,6 +128,29 @@ class Journal(MendedFile):
         self.pending += len(events) - freed
         self._say_how_full(lost=freed + total - len(events))
         return len(events)
+
+    @mended
+    def take(self, events: Sequence[NewEvent], *, counts: Mapping[str, int], marks: Mapping[str, float]) -> None:
+        """Adds events that are on the disk already, whatever the cap is, with ``counts`` for the books and ``marks``.
+
+        Where the oldest are dropped, they make room.
+        """
+        self.be_there()
+        if events:
+            journalfile.leave_room_to_settle(self._db, self.path)
+        freed = 0
+        with self._transaction():
+            if self.caps.drop_oldest:
+                self._measure()
+                freed, _ = self._free(journalfile.size_of(events), self.caps.max_bytes - self.used_bytes)
+            journalfile.insert(self._db, events)
+            journalfile.count(self._db, {"captured": len(events), "dropped.journal_full": freed})
+            journalfile.count(self._db, counts)
+            for name, value in marks.items():
+                self._set_mark(name, value)
+        self.pending += len(events) - freed
+        self._measure()
+        self._say_how_full(lost=freed)
 
     def _fit(self, events: Sequence[NewEvent]) -> tuple[int, Sequence[NewEvent]]:
         """How many old events made room, and which of the new ones fit."""
@@ -233,6 +255,28 @@ class Journal(MendedFile):
             self._db.execute("UPDATE events SET body = ?, state = ? WHERE seq = ?", (body, CONFIRMED, seq))
 
     @mended
+    def held(self, *, jid: str | None, at: int, rows: int, max_bytes: int) -> list[Entry]:
+        """For those who read: what waits of a job, oldest first, above the ``seq`` ``at``; without a ``jid`` of
+        everything, newest first, below ``at`` (0: all)."""
+        if jid is not None:
+            which, values = "jid = ? AND seq > ? ORDER BY seq", (jid, at, rows)
+        else:
+            which, values = "? = '' AND seq < ? ORDER BY seq DESC", ("", at or 2**62, rows)
+        found: list[Entry] = []
+        for row in self._db.execute(f"SELECT seq, captured_at, body, state FROM events WHERE {which} LIMIT ?", values):
+            found.append(_entry(row))
+            max_bytes -= len(row[2])
+            if max_bytes <= 0:
+                break
+        return found
+
+    @mended
+    def rows_of(self, jid: str) -> int:
+        """How many events of a job wait."""
+        (count,) = self._db.execute("SELECT COUNT(*) FROM events WHERE jid = ?", (jid,)).fetchone()
+        return int(count)
+
+    @mended
     def settle(self, settlement: Settlement) -> None:
         """Removes events whose fate is known, and counts it; dead letters move to their own table."""
         with self._transaction():
@@ -274,7 +318,7 @@ class Journal(MendedFile):
     def set_mark(self, name: str, value: float) -> None:
         """Puts down a number that must be known after a restart."""
         with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, value))
+            self._set_mark(name, value)
 
     @mended
     def note(self, name: str) -> str | None:
@@ -287,6 +331,21 @@ class Journal(MendedFile):
         """Writes a text that must be known after a restart."""
         with self._transaction():
             self._db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, value))
+
+    @mended
+    def marks(self, prefix: str) -> dict[str, float]:
+        """What :meth:`set_mark` and :meth:`take` put down under names that begin so."""
+        found = self._db.execute("SELECT name, value FROM marks WHERE substr(name, 1, ?) = ?", (len(prefix), prefix))
+        return {name: float(value) for name, value in found}
+
+    @mended
+    def forget_marks(self, names: Iterable[str]) -> None:
+        """Takes marks away that need not be known any more."""
+        with self._transaction():
+            self._db.executemany("DELETE FROM marks WHERE name = ?", [(name,) for name in names])
+
+    def _set_mark(self, name: str, value: float) -> None:
+        self._db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, value))
 
     @mended
     def known(self, jids: Sequence[str]) -> set[tuple[str, str]]:
@@ -361,30 +420,14 @@ class Journal(MendedFile):
             if len(victims) < _DROP_ROWS:
                 return
 
+    @mended
+    def measured(self) -> int:
+        """:attr:`used_bytes`, of now."""
+        self._measure()
+        return self.used_bytes
+
     def _measure(self) -> None:
         self.used_bytes = journalfile.used_bytes(self._db)
-
-    @mended
-    def look(self) -> tuple[int, int]:
-        """What other processes have appended since the last look: events, and their bytes."""
-        self.be_there()
-        (version,) = self._db.execute("PRAGMA data_version").fetchone()
-        if version == self._data_version:
-            return 0, 0
-        self._data_version = version
-        freed = 0
-        with self._transaction():
-            last, events, size = self._db.execute(
-                "SELECT MAX(seq), COUNT(*), SUM(LENGTH(body)) FROM events WHERE seq > ?", (self._seen_through,)
-            ).fetchone()
-            self._measure()
-            if self.caps.drop_oldest:  # the others may go over the cap by a little, since they must not choose victims
-                freed, _ = self._free(0, self.caps.max_bytes - self.used_bytes)
-                journalfile.count(self._db, {"dropped.journal_full": freed})
-            self.pending = self._pending()
-        self._seen_through = last or self._seen_through
-        self._say_how_full(lost=freed)
-        return events, size or 0
 
     @mended
     def books(self) -> dict[str, Any]:
@@ -392,9 +435,8 @@ class Journal(MendedFile):
 
         ``trimmed`` are those of the written that hold a value which Salt had trimmed.
         """
-        with self._snapshot():  # others append meanwhile
-            counters, dead_letters = self._counters(), self._rows("dead_letters")
-            self.pending = self._pending()
+        counters, dead_letters = self._counters(), self._rows("dead_letters")
+        self.pending = self._pending()
         return {
             "captured": counters["captured"],
             "written": counters["written"],
@@ -430,14 +472,6 @@ class Journal(MendedFile):
         (seq,) = self._db.execute("SELECT MIN(seq) FROM events").fetchone()
         return None if seq is None else int(seq)
 
-    def be_there(self) -> bool:
-        """Somebody may have deleted the file: then it is made again. Whether it was."""
-        seen_through = self._seen_through
-        made = super().be_there()
-        if made:
-            self._seen_through, self._data_version = seen_through, -1  # what others have put there is news
-        return made
-
     def event_key(self, seq: int) -> bytes:
         """16 bytes that no other event of any journal has."""
         return self._uuid + struct.pack(">q", seq)
@@ -459,23 +493,13 @@ class Journal(MendedFile):
         except sqlite3.Error as exc:  # a full disk, say: what was committed is in the log
             log.debug("The journal's log cannot be brought back now: %s", exc)
 
-    @contextlib.contextmanager
-    def _snapshot(self) -> Any:
-        with self._db:
-            self._db.execute("BEGIN")
-            yield
-
     def _load(self) -> None:
         uuids = self._db.execute("SELECT uuid FROM identity").fetchall()
         salvage.require(len(uuids) == 1 and type(uuids[0][0]) is bytes and len(uuids[0][0]) == 8, "identity")
         ((self._uuid,),) = uuids
-        with self._snapshot():
-            self.pending = self._pending()
+        self.pending = self._pending()
         salvage.require(self.pending >= 0, "counters")
         self._measure()
-        (newest,) = self._db.execute("SELECT COALESCE(MAX(seq), 0) FROM events").fetchone()
-        self._seen_through = int(newest)
-        (self._data_version,) = self._db.execute("PRAGMA data_version").fetchone()
 
     def _pending(self) -> int:
         """By the books, since counting the rows of a long outage would read all of them."""

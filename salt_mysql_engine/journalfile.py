@@ -1,27 +1,25 @@
-"""The journal's file: its tables, opening and upgrading it, and adding rows to it from several processes.
+"""The journal's file: its tables, opening and upgrading it, and adding rows to it.
 
 ``<cachedir>/mysql_jobcache/journal.sqlite`` in WAL mode, directory 0700, files 0600, of the owner of ``cachedir``. The
-engine reads and settles (``journal.py``); it and every process that hands over returns (``handoff.py``) append.
+engine's process alone opens it (``journal.py``), and only through SQLite: to close any descriptor of the file would
+drop all locks that SQLite has on it in this process.
 
-The write-ahead log is brought back into the file by :func:`checkpoint` alone, never by a commit: so nobody's commit
-waits for a disk. It ends with an empty log. That lets the others write without syncing at all (``synchronous = OFF``):
-what a power cut can take then are the newest commits, never the file's consistency, because no frame of an older
-log is left for SQLite to take for a newer one.
+The write-ahead log is brought back into the file by :func:`checkpoint` alone, never by a commit: so no commit waits for
+a disk.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import logging
 import os
 import sqlite3
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from . import folders
 from .errors import JournalError
 
 log = logging.getLogger(__name__)
@@ -97,9 +95,6 @@ ROW_BYTES = 150
 RESERVE_BYTES = 16 * 1024 * 1024
 WAL_BYTES = 4 * 1024 * 1024
 """From this size on the engine empties the write-ahead log."""
-_FEW_PAGES = 256
-_OPEN_AGAIN_SECONDS = 0.01
-_REPLACING_SECONDS = 300.0
 _MAX_APPEND_ROWS = 190  # times five values: SQLite before 3.32 takes 999 in a statement
 _APPEND_BYTES = 64 * 1024
 
@@ -114,11 +109,6 @@ class NewEvent(NamedTuple):
     state: int = UNCHECKED
 
 
-def folder(cachedir: str) -> Path:
-    """Where the journal of a master lives."""
-    return Path(cachedir) / "mysql_jobcache"
-
-
 def new_path(path: Path) -> Path:
     """A file that is being made, to take a corrupt one's place."""
     return path.with_name("journal.new.sqlite")
@@ -129,77 +119,42 @@ def ready_path(path: Path) -> Path:
     return path.with_name("journal.ready.sqlite")
 
 
-def is_being_replaced(path: Path) -> bool:
-    """Whether what is appended now may be missing from the new file. An engine that died over it leaves one behind."""
-    try:
-        made = os.stat(new_path(path)).st_mtime  # noqa: PTH116 (twice a return)
-    except OSError:
-        return os.path.exists(ready_path(path))  # noqa: PTH110
-    return made > time.time() - _REPLACING_SECONDS
-
-
-def make_folder(path: Path) -> None:
-    """Makes the journal's folder, or mends its mode.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if give_away(path) or path.stat().st_uid == os.geteuid():
-        path.chmod(0o700)
-
-
-def give_away(path: Path) -> bool:
-    """What root made (``salt-run``, ``salt-call``) belongs to whom the folder above does: the master's user."""
-    if os.geteuid() != 0:
-        return False
-    owner = path.parent.stat()
-    os.chown(path, owner.st_uid, owner.st_gid)
-    return True
-
-
-def connect(path: Path, *, timeout: float, upgrade: bool = True) -> sqlite3.Connection:
-    """Opens the file; creates it where there is none, and brings an older one to this format (``upgrade``).
+def connect(path: Path, *, timeout: float) -> sqlite3.Connection:
+    """Opens the file; creates it where there is none, and brings an older one to this format.
 
     ``timeout``: seconds that a statement may wait for another process. The connection may go from thread to thread.
 
     Raises:
-        JournalError: the file is not ours, of a newer format, or of an older one without ``upgrade``.
+        JournalError: the file is not ours, or of a newer format.
         sqlite3.Error, OSError: it cannot be used.
     """
-    with _alone(path, timeout):  # two processes that begin at once would both create the tables
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        give_away(path)
-        # WAL and shared-memory files take the main file's mode and owner.
-        db = sqlite3.connect(path, isolation_level=None, timeout=timeout, check_same_thread=False)
-        try:
-            _prepare(db, path, upgrade=upgrade)
-        except BaseException:
-            db.close()
-            raise
+    _make(path)
+    # WAL and shared-memory files take the main file's mode and owner.
+    db = sqlite3.connect(path, isolation_level=None, timeout=timeout, check_same_thread=False)
+    try:
+        _prepare(db, path)
+    except BaseException:
+        db.close()
+        raise
     return db
 
 
-@contextlib.contextmanager
-def _alone(path: Path, timeout: float) -> Iterator[None]:
-    fd = os.open(path.with_name("opening"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _make(path: Path) -> None:
+    """An empty file where there is none, which SQLite takes for a new one. One that is there is not opened."""
+    folder = folders.open_folder(path.parent)
     try:
-        give_away(path.with_name("opening"))
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise sqlite3.OperationalError("another process is opening the file, and hangs") from None
-                time.sleep(_OPEN_AGAIN_SECONDS)
-        yield
+        try:
+            mode = os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            os.close(folders.create(folder, path.name))
+            return
     finally:
-        os.close(fd)
+        os.close(folder)
+    if not stat.S_ISREG(mode):
+        raise JournalError(f"{path} is a link, or no file; move it away and restart the master")
 
 
-def _prepare(db: sqlite3.Connection, path: Path, *, upgrade: bool) -> None:
+def _prepare(db: sqlite3.Connection, path: Path) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
@@ -210,8 +165,6 @@ def _prepare(db: sqlite3.Connection, path: Path, *, upgrade: bool) -> None:
             f"{path} was written by a newer mysql_jobcache (format {version}, this one knows {FORMAT}); "
             "install that version again, or move the file away to begin a new journal"
         )
-    if tables and version < FORMAT and not upgrade:
-        raise JournalError(f"{path} waits for the engine to upgrade it from format {version} to {FORMAT}")
     if not tables:
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only takes effect before the first table
     db.execute("PRAGMA journal_mode = WAL")
@@ -237,13 +190,9 @@ def checkpoint(db: sqlite3.Connection, *, timeout: float) -> bool:
 
     ``timeout`` is what the connection waits for others otherwise, in seconds.
     """
-    # Waiting for readers while nobody may write would hold the master's workers up.
+    # A reader, while nobody answers it, or somebody with the sqlite3 program: it is emptied when they are gone.
     db.execute("PRAGMA busy_timeout = 0")
     try:
-        # First, and longest, the part that nobody waits for. Others may add to the log meanwhile.
-        busy, pages, done = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        if busy or pages - done > _FEW_PAGES:
-            return False
         (busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         return not busy
     finally:
@@ -319,17 +268,6 @@ def _chunk(events: Sequence[NewEvent], start: int) -> Sequence[NewEvent]:
             break
         end += 1
     return events[start:end]
-
-
-def add(db: sqlite3.Connection, path: Path) -> None:
-    """Adds the events of another file, and what they are in its books."""
-    db.execute("ATTACH ? AS other", (str(path),))
-    with db:
-        db.execute("BEGIN IMMEDIATE")
-        columns = "captured_at, jid, minion, body, state"
-        db.execute(f"INSERT INTO events ({columns}) SELECT {columns} FROM other.events ORDER BY seq")
-        count(db, dict(db.execute("SELECT name, value FROM other.counters")))
-    db.execute("DETACH other")
 
 
 def count(db: sqlite3.Connection, counts: Mapping[str, int]) -> None:

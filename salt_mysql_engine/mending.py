@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from . import journalfile, salvage
+from . import folders, journalfile, salvage
 from .errors import JournalError
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,6 @@ class MendedFile(abc.ABC):
             JournalError: it is in use, not ours, of a newer format, or the folder cannot be used.
         """
         try:
-            journalfile.make_folder(self.path.parent)
             self._lock()
         except OSError as exc:
             raise JournalError(f"the journal's folder {self.path.parent} cannot be used: {exc}") from exc
@@ -136,19 +135,15 @@ class MendedFile(abc.ABC):
             return False
         old, salvaged = self._db, self.salvaged
         try:
-            journalfile.make_folder(self.path.parent)
             lock_fd = self._lock_fd
-            if journalfile.inode(self._lock_path) != os.fstat(lock_fd).st_ino:
+            if not folders.is_at(lock_fd, self.path.with_name("lock")):
                 self._lock()
                 os.close(lock_fd)
         except OSError as exc:
             raise sqlite3.OperationalError(f"the journal's folder cannot be made again: {exc}") from exc
         with self._new_file() as new:
             old.backup(new)
-            if self.path.exists():  # another process of the master appends to one of its own already
-                journalfile.add(new, self.path)
         old.close()
-        salvage.remove(Path(self.salvaged))  # the other process's, if any: it is in the new one
         self.salvaged = salvaged
         log.error("Somebody deleted the journal %s while it was in use; it was made again, nothing is lost", self.path)
         return True
@@ -185,17 +180,17 @@ class MendedFile(abc.ABC):
         journalfile.ready_path(self.path).rename(self.path)
 
     def _lock(self) -> None:
-        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        folder = folders.open_folder(self.path.parent)
+        try:
+            fd = folders.open_or_create(folder, "lock")
+        finally:
+            os.close(folder)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
             raise JournalError(f"another mysql_jobcache engine is using the journal {self.path}") from None
         self._lock_fd = fd
-
-    @property
-    def _lock_path(self) -> Path:
-        return self.path.with_name("lock")
 
     def _connect(self) -> sqlite3.Connection:
         db = journalfile.connect(self.path, timeout=TIMEOUT)

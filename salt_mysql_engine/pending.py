@@ -1,44 +1,61 @@
-"""What the journal holds of jobs and MySQL does not yet, for those who read: with it a caller reads its own writes.
+"""What was handed over or captured and is not in MySQL yet, for those who read: a caller reads its own writes.
 
-The file is opened for reading alone, and only what will become rows is told: what the hand-off put in, and what the
-master's job cache confirms. A journal that is not there, of another format, corrupt, locked or not ours to read holds
-nothing, and costs a line in the log at most.
+The engine is asked, over its socket. It takes in what is in the spool files first, and says beside whether the database
+answers and whether it holds the job whole, so that nobody waits for a server that it knows to be away. Where no engine
+runs, or none answers in time, the spool files and the journal's file are read, without a change to either.
 
-Read it before MySQL: an event leaves the journal once its row's COMMIT was confirmed, so what was not there any more is
+Only what will become rows is told: what the hand-off put in, and what the master's job cache confirms. What is not
+there, of another format, corrupt, locked or not ours to read holds nothing, and costs a line in the log at most.
+
+Ask before MySQL: an event leaves the journal once its row's COMMIT was confirmed, so what was not there any more is
 in MySQL by then.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
+import mmap
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from . import journalfile, records, settings
+from . import control, folders, journalfile, records, settings, spool
+from .errors import ControlError
 from .jobcache import JobCache
 from .records import Opened, Record, Return, Selection
 
 log = logging.getLogger(__name__)
 
-MOST_EVENTS = 20_000
+MOST_EVENTS, MOST_BYTES = 20_000, 64 * 1024 * 1024
 """So many of the newest events are looked at when no job is named."""
+_ANSWER_SECONDS = 1.5
+_PAUSE_SECONDS = 30.0
+"""How long an engine that did not answer in time is not asked."""
 _LOCK_SECONDS = 0.5
 _SAY_AGAIN_SECONDS = 60.0
+_WORTH_SAYING_SECONDS = 0.2
 
 _Row = tuple[int, float, bytes, int]
 """``seq``, when it was captured, the event's bytes, its state."""
 
 _said: dict[str, float] = {}
+_silent_until: dict[str, float] = {}
+"""By socket: engines that hang."""
 
 
 class PendingJob(NamedTuple):
-    """What the journal has of a job: its load, as published (``{}`` when it has none), and returns by minion."""
+    """What the journal has of a job: its load, as published (``{}`` when it has none), and returns by minion.
+
+    ``whole``: MySQL has nothing of it yet.
+    """
 
     load: dict[str, Any]
     returns: dict[str, Return]
+    whole: bool = False
 
     def load_over(self, stored: dict[str, Any]) -> dict[str, Any]:
         """The load that ``jids`` will hold, where ``stored`` (``{}``: no row) stands now."""
@@ -49,39 +66,121 @@ class PendingJob(NamedTuple):
 
 
 class Pending:
-    """The journal of the master of ``opts``."""
+    """What waits at the master of ``opts``."""
 
     def __init__(self, opts: Mapping[str, Any]) -> None:
         self._opts = opts
-        self._path = journalfile.folder(str(opts["cachedir"])) / "journal.sqlite"
+        self._folder = folders.of_journal(str(opts["cachedir"]))
+        self._path = self._folder / "journal.sqlite"
+        self.away = ""
+        """Why the database does not answer, as the engine said last; nothing where it does, or nobody knows."""
 
     def job(self, jid: str) -> PendingJob:
         """What is pending of one job."""
-        return self._read("WHERE jid = ? ORDER BY seq", jid).get(jid, PendingJob({}, {}))
+        rows, whole = self._asked(jid)
+        found = self._jobs(rows).get(jid, PendingJob({}, {}))
+        return found._replace(whole=whole and bool(found.load))
 
     def jobs(self) -> dict[str, PendingJob]:
         """What is pending of all jobs, by jid; as the newest 20,000 events have it, which a warning says."""
-        return self._read("ORDER BY seq DESC LIMIT ?", MOST_EVENTS)
+        rows, _ = self._asked(None)
+        if len(rows) >= MOST_EVENTS or sum(len(row[2]) for row in rows) >= MOST_BYTES:
+            warn(
+                f"More than {MOST_EVENTS:,} events or {MOST_BYTES >> 20} MiB wait for MySQL in {self._folder}; the "
+                "newest of them are shown"
+            )
+        return self._jobs(rows)
 
-    def _read(self, which: str, value: str | int) -> dict[str, PendingJob]:
+    def say_away(self, error: str, seconds: float) -> None:
+        """The database did not answer for so many seconds: nobody else need wait for that."""
+        if seconds >= _WORTH_SAYING_SECONDS and not self.away:
+            with contextlib.suppress(ControlError, KeyError):
+                control.ask(self._opts, "database_away", timeout=0.0, margin=_ANSWER_SECONDS, error=error)
+
+    def _asked(self, jid: str | None) -> tuple[list[_Row], bool]:
+        """The events, oldest first, of one job or of all, and whether they are all that there is of it anywhere."""
+        self.away = ""
+        try:
+            return self._of_engine(jid)
+        except ControlError as exc:
+            log.debug("What waits for MySQL is read beside the engine: %s", exc)
+        # In this order: what the engine takes in the moment between is in the journal, and was in the spool.
+        handed_over = self._in_spool(jid)
+        return self._in_journal(jid) + handed_over, False
+
+    def _of_engine(self, jid: str | None) -> tuple[list[_Row], bool]:
+        socket = str(self._opts.get("sock_dir"))
+        if time.monotonic() < _silent_until.get(socket, 0.0):
+            raise ControlError("the engine did not answer a moment ago")
+        rows: list[_Row] = []
+        page: dict[str, Any] = {"at": 0}
+        behind = whole = False
+        room = MOST_BYTES
+        while True:
+            began = time.monotonic()
+            try:
+                page = control.ask(self._opts, "pending", timeout=0.0, margin=_ANSWER_SECONDS, jid=jid, at=page["at"])
+            except (ControlError, KeyError) as exc:
+                if time.monotonic() - began >= _ANSWER_SECONDS / 2:
+                    _silent_until[socket] = time.monotonic() + _PAUSE_SECONDS
+                raise ControlError(str(exc)) from exc
+            new = [(seq, at, base64.b64decode(body), state) for seq, at, body, state in page["events"]]
+            rows += new
+            room -= sum(len(row[2]) for row in new)
+            behind, whole = behind or page["behind"], page["whole"]
+            if not page["more"] or (jid is None and (room <= 0 or len(rows) >= MOST_EVENTS)):
+                break
+        self.away = page["away"]
+        rows.sort(key=lambda row: row[0])
+        return rows + (self._in_spool(jid) if behind else []), whole and not behind
+
+    def _in_spool(self, jid: str | None) -> list[_Row]:
+        """What was handed over and is in no journal yet, and perhaps some that is."""
+        found: list[spool.Record] = []
+        room = MOST_BYTES
+        with contextlib.suppress(OSError):
+            folder = os.open(self._folder / spool.FOLDER, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                with os.scandir(folder) as entries:
+                    names = [each.name for each in entries if spool.is_name(each.name)]
+                for name in sorted(names, reverse=True):
+                    some = _records_of(folder, name, jid)
+                    found += some
+                    room -= sum(len(record.body) for record in some)
+                    if room <= 0 and jid is None:
+                        break
+            finally:
+                os.close(folder)
+        found.sort(key=lambda record: record.captured_at)
+        if jid is None:
+            found = found[-MOST_EVENTS:]
+        return [
+            (0, record.captured_at, record.body, journalfile.CONFIRMED) for record in found if jid in (None, record.jid)
+        ]
+
+    def _in_journal(self, jid: str | None) -> list[_Row]:
+        which = "ORDER BY seq DESC LIMIT ?" if jid is None else "WHERE jid = ? ORDER BY seq"
         try:
             if not self._path.exists():
-                return {}
+                return []
             where = f"{self._path.absolute().as_uri()}?mode=ro"
             with contextlib.closing(sqlite3.connect(where, uri=True, timeout=_LOCK_SECONDS)) as db:
                 (version,) = db.execute("PRAGMA user_version").fetchone()
                 if version != journalfile.FORMAT:
                     log.debug("The journal %s is of another format (%s), and is not read", self._path, version)
-                    return {}
-                rows = db.execute(f"SELECT seq, captured_at, body, state FROM events {which}", (value,)).fetchall()
-                if not rows:
-                    return {}
+                    return []
+                value = MOST_EVENTS if jid is None else jid
+                rows: list[_Row] = []
+                room = MOST_BYTES
+                for row in db.execute(f"SELECT seq, captured_at, body, state FROM events {which}", (value,)):
+                    rows.append(row)
+                    room -= len(row[2])
+                    if room <= 0 and jid is None:
+                        break
         except (sqlite3.Error, OSError, ValueError, TypeError) as exc:  # the last two: a file that holds nonsense
             warn(f"What waits for MySQL in {self._path} cannot be read: {exc}")
-            return {}
-        if len(rows) == value:
-            warn(f"More than {MOST_EVENTS:,} events wait for MySQL in {self._path}; the newest of them are shown")
-        return self._jobs(sorted(rows))
+            return []
+        return sorted(rows, key=lambda row: row[0])
 
     def _jobs(self, rows: Iterable[_Row]) -> dict[str, PendingJob]:
         """By the rules of the writer: loads of one job add up, the first return stands unless a whole one comes."""
@@ -131,6 +230,27 @@ class Pending:
             for number, answer in zip(unsure, answers, strict=True):
                 events[number] = events[number][0], answer if isinstance(answer, Opened) else None
         return [(captured_at, event) for captured_at, event in events if event is not None]
+
+
+def _records_of(folder: int, name: str, jid: str | None) -> list[spool.Record]:
+    """The records of a spool file; of one that holds nothing of the job, none."""
+    try:
+        file = folders.open_file(folder, name)
+    except OSError:
+        return []
+    try:
+        if jid is not None:
+            with mmap.mmap(file, 0, prot=mmap.PROT_READ) as content:
+                if content.find(jid.encode()) < 0:
+                    return []
+        header = spool.header_of(os.pread(file, spool.HEADER.size, 0))
+        if header is None:
+            return []
+        return spool.parse(os.pread(file, os.fstat(file).st_size, spool.HEADER.size), header.key)[0]
+    except (OSError, ValueError):  # it is empty, or is taken away just now
+        return []
+    finally:
+        os.close(file)
 
 
 def warn(message: str) -> None:

@@ -103,6 +103,10 @@ class Writer:
         """Whether the tables were looked at, on this connection and with these settings."""
         self.fault: Fault | None = None
         self.failing = False
+        self.away = False
+        """Whether it is failing because no server answers."""
+        self.committed_at = 0.0
+        """When the last batch was confirmed, by the monotonic clock."""
         self.batches: collections.Counter[str] = collections.Counter()
         self.retries = 0
         self.conflicts = 0
@@ -312,6 +316,7 @@ class Writer:
             if self.failing:
                 log.warning("The database at %s takes rows again", self.server_host)
                 self.failing = False
+            self.away, self.committed_at = False, time.monotonic()
             dead = {item.seq: ("fault", item.error) for item in batch if item.error}
             await self._settle(_settlement(batch, fates, dead))
             now = time.time()
@@ -366,6 +371,7 @@ class Writer:
         self._note(exc)
         self.retries += 1
         self.failing = True
+        self.away = isinstance(exc, ServerUnavailable)
         ceiling = min(_BACKOFF_FIRST[exc.verdict] * 2 ** min(attempt, 10), _BACKOFF_MAX)
         # A flush that is asked for ends the wait.
         await is_set_within(self._hurry, random.uniform(0, ceiling))  # noqa: S311 (no secret)

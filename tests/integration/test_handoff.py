@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import shutil
-import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -19,8 +17,13 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine import handoff, journalfile, salvage
-from salt_mysql_engine.handoff import HandOff
+from salt_mysql_engine import folders, intake, records, spool
+from salt_mysql_engine.errors import JournalError
+from salt_mysql_engine.intake import Intake
+from salt_mysql_engine.journal import Caps, Journal, NewEvent, Settlement
+from salt_mysql_engine.pending import Pending
+from salt_mysql_engine.spool import HandOff
+from tests.support.disks import fill, mounted
 from tests.support.mariadb import wait_until
 from tests.support.scratch import Scratch
 from tests.support.shipping import (
@@ -54,47 +57,75 @@ def process(script: str, *args: object, **kwargs: Any) -> subprocess.Popen[str]:
     """Another process of the master's: `hand` is its way into the journal, `args` are in `sys.argv`."""
     start = (
         "import json, os, sys, time; from pathlib import Path\n"
-        "from salt_mysql_engine import handoff\n"
+        "from salt_mysql_engine import spool\n"
         "from tests.integration.test_handoff import *\n"
-        "hand = handoff.of(opts(Path(sys.argv[1]), **json.loads(sys.argv[2])))\n"
+        "hand = spool.of(opts(Path(sys.argv[1]), **json.loads(sys.argv[2])))\n"
     )
     command = [sys.executable, "-c", start + script, *map(str, args)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **kwargs)
 
 
-def pending(cachedir: Path) -> int:
-    """How many events the journal's file holds."""
-    with contextlib.closing(sqlite3.connect(handed(cachedir))) as db:
-        return int(db.execute("SELECT COUNT(*) FROM events").fetchone()[0])
+def folder(cachedir: Path) -> Path:
+    """Where the journal is, and the spool."""
+    return folders.of_journal(str(cachedir))
 
 
-def handed(cachedir: Path) -> Path:
-    return journalfile.folder(str(cachedir)) / "journal.sqlite"
+def spooled(cachedir: Path) -> list[spool.Record]:
+    """What is in the spool files, of each in its order."""
+    found: list[spool.Record] = []
+    for path in sorted((folder(cachedir) / spool.FOLDER).iterdir()):
+        content = path.read_bytes()
+        header = spool.header_of(content)
+        assert header is not None
+        found += spool.parse(content[spool.HEADER.size :], header.key)[0]
+    return found
 
 
-@pytest.fixture
-def hand(tmp_path: Path) -> HandOff:
-    """The way of this process."""
-    return HandOff(opts(tmp_path))
+def files(cachedir: Path) -> list[str]:
+    """The names of the spool files."""
+    return sorted(path.name for path in (folder(cachedir) / spool.FOLDER).iterdir() if path.name not in spool.LAST)
+
+
+def dropped(cachedir: Path) -> dict[str, int]:
+    """What the processes say that they dropped."""
+    total = dict.fromkeys(spool.REASONS, 0)
+    for name in files(cachedir):
+        header = spool.header_of((folder(cachedir) / spool.FOLDER / name).read_bytes())
+        assert header is not None
+        for reason, count in zip(spool.REASONS, header.dropped, strict=True):
+            total[reason] += count
+    return {reason: count for reason, count in total.items() if count}
 
 
 @contextlib.contextmanager
-def hung_process(cachedir: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that stopped in the middle of writing to the journal."""
-    script = (
-        "import sqlite3\n"
-        f"db = sqlite3.connect({str(handed(cachedir))!r}, isolation_level=None); db.execute('BEGIN IMMEDIATE')\n"
-        "print('begun', flush=True); sys.stdin.readline()\n"
-    )
-    hung = process(script, cachedir, "{}")
-    assert hung.stdout is not None
-    assert hung.stdout.readline() == "begun\n"
-    hung.send_signal(signal.SIGSTOP)
+def engine(cachedir: Path, **caps: Any) -> Iterator[tuple[Journal, Intake]]:
+    """The journal with what was handed over taken in, and what takes in more."""
+    journal = Journal(folder(cachedir))
+    journal.open()
+    journal.caps = Caps(**caps)
+    taking = Intake(journal, folder(cachedir))
     try:
-        yield hung
+        taking.drain()
+        yield journal, taking
     finally:
-        hung.kill()
-        hung.communicate()
+        taking.close()
+        journal.close()
+
+
+def balanced(journal: Journal) -> dict[str, Any]:
+    """The books, which balance."""
+    books = journal.books()
+    fates = [books[name] for name in ("written", "duplicates", "pending", "dead_letters")]
+    assert books["captured"] == sum([*fates, *books["ignored"].values(), *books["dropped"].values()]), books
+    return books
+
+
+@pytest.fixture
+def hand(tmp_path: Path) -> Iterator[HandOff]:
+    """The way of this process."""
+    made = HandOff(opts(tmp_path))
+    yield made
+    made.close()
 
 
 async def test_what_several_processes_hand_over_is_stored_once_each(
@@ -109,7 +140,7 @@ async def test_what_several_processes_hand_over_is_stored_once_each(
         for worker in workers:
             assert await asyncio.get_running_loop().run_in_executor(None, worker.wait, 60) == 0
             worker.communicate()
-        await ship.until(lambda: pending(tmp_path) == 0)
+        await ship.until(lambda: files(tmp_path) == [])
         books = await ship.drain()
     assert books["captured"] == books["written"] == 1600
     rows = {(row["jid"], row["id"]): json.loads(row["return"]) for row in database.rows("salt_returns")}
@@ -122,7 +153,7 @@ async def test_without_an_engine_everything_waits_for_the_next_one(
     hand.published(jid(1), {"tgt": "*", "fun": "test.ping", "arg": [], "user": "root", "jid": jid(1)}, ["a", "b"])
     hand.returned(return_data(jid(1), "a"))
     async with shipping("mysql_jobcache", handed_off=True) as ship:
-        books = await ship.drain()
+        books = await ship.handed_over()
     assert books["written"] == 2
     assert [row["id"] for row in database.rows("salt_returns")] == ["a"]
     assert json.loads(database.rows("jids")[0]["load"])["Minions"] == ["a", "b"]
@@ -145,7 +176,7 @@ async def test_rows_are_those_that_the_bus_would_have_given(database: Scratch, s
         hand.returned(ret)
     hand.returned({"id": MASTER, "tgt": MASTER, "jid": jid(4), "return": runner, "fun": runner["fun"], "user": "root"})
     async with shipping("mysql_jobcache", handed_off=True) as ship:
-        await ship.drain()
+        await ship.handed_over()
     ours = database.rows("salt_returns"), database.rows("jids")
     load["kwargs"], of_load = {"metadata": {"ticket": 7}}, ("kwargs", "ret")
     for table in ("salt_returns", "jids"):
@@ -170,11 +201,10 @@ async def test_minions_of_a_syndic_are_added_to_the_load_of_a_job_that_is_known(
     hand.minions(jid(3), ["far-3"])
     hand.returned(call_data(jid(3), "near"))
     async with shipping("mysql_jobcache", handed_off=True) as ship:
-        await ship.drain()
+        await ship.handed_over()
         hand.minions(jid(1), ["late"])
         hand.minions(jid(2), ["nobody knows this job"])
-        await ship.until(lambda: pending(tmp_path) == 2)
-        await ship.drain()
+        await ship.handed_over()
     loads = {row["jid"]: json.loads(row["load"]) for row in database.rows("jids")}
     assert sorted(loads[jid(1)]["Minions"]) == ["far-1", "late", "near"]
     assert loads[jid(3)]["Minions"] == ["far-3"]
@@ -206,7 +236,7 @@ async def test_event_return_stores_its_events_and_makes_no_job_of_them(
     data = return_data(jid(1), "web1")
     hand.events([{"tag": f"salt/job/{jid(1)}/ret/web1", "data": data}, {"tag": "x" * 300, "data": {}}, {"tag": 7}])
     async with shipping("mysql_jobcache", handed_off=True) as ship:
-        books = await ship.drain()
+        books = await ship.handed_over()
     assert (books["written"], books["ignored"]) == (1, {"too_long": 1})
     (row,) = database.rows("salt_events")
     assert (row["tag"], json.loads(row["data"])) == (f"salt/job/{jid(1)}/ret/web1", data)
@@ -218,16 +248,16 @@ async def test_a_job_that_asked_not_to_be_kept_is_not(database: Scratch, shippin
     hand.returned(return_data(jid(1), "web1"))
     hand.returned(return_data(jid(2), "web1"))
     async with shipping("mysql_jobcache", handed_off=True) as ship:
-        await ship.drain()
+        await ship.handed_over()
     assert [row["jid"] for row in database.rows("salt_returns")] == [jid(2)]
 
 
 def test_the_marks_of_such_jobs_do_not_stay_for_ever(tmp_path: Path, hand: HandOff) -> None:
     hand.keep_out(jid(1))
     hand.keep_out(jid(2))
-    marks = handed(tmp_path).parent / "nocache"
+    marks = folder(tmp_path) / "nocache"
     os.utime(marks / jid(1), (1, 1))
-    handoff.forget_old(opts(tmp_path))
+    spool.forget_old(opts(tmp_path))
     assert [mark.name for mark in marks.iterdir()] == [jid(2)]
 
 
@@ -244,163 +274,166 @@ def test_the_marks_of_such_jobs_do_not_stay_for_ever(tmp_path: Path, hand: HandO
 )
 def test_what_is_no_return_is_left_alone(tmp_path: Path, hand: HandOff, load: dict[str, Any]) -> None:
     hand.returned(load)
-    assert not handed(tmp_path).exists()
+    assert not folder(tmp_path).exists()
 
 
-def test_nobody_waits_for_a_process_that_hangs_with_the_file(tmp_path: Path, hand: HandOff) -> None:
+def test_what_has_no_room_in_memory_is_counted_as_soon_as_it_can_be(
+    tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "_MEMORY_BYTES", 100_000)
+    monkeypatch.setattr(spool, "_RETRY_SECONDS", 0.05)
     hand.returned(return_data(jid(0), "web1"))
-    with hung_process(tmp_path):
-        began = time.monotonic()
-        hand.returned(return_data(jid(1), "web1"))
-        first = time.monotonic() - began
-        began = time.monotonic()
-        for number in range(2, 500):
-            hand.returned(return_data(jid(number), "web1"))
-        rest = time.monotonic() - began
-    assert 0.2 < first < 1.0, "the file was not held"
-    assert rest < 0.5
-    wait_until(lambda: pending(tmp_path) == 500, timeout=30, what="what was held in memory")
-    with contextlib.closing(sqlite3.connect(handed(tmp_path))) as db:
-        assert [row[0] for row in db.execute("SELECT jid FROM events ORDER BY seq")] == [jid(n) for n in range(500)]
+    monkeypatch.setattr(spool, "free_bytes", lambda _: MIB)
+    hand._look_at = 0.0
+    for number in range(1, 41):
+        hand.returned(return_data(jid(number), "web1", "x" * 10_000))
+    lost = dropped(tmp_path)["memory_full"]
+    assert 25 < lost < 35
+    monkeypatch.undo()
+    wait_until(lambda: len(spooled(tmp_path)) == 41 - lost, timeout=30, what="what was held")
+    with engine(tmp_path) as (journal, _):
+        books = balanced(journal)
+    assert (books["captured"], books["dropped"]) == (41, {"memory_full": lost})
+    assert [record.jid for record in spooled(tmp_path)] == [jid(number) for number in range(41 - lost)]
 
 
-def test_what_has_no_room_in_memory_is_counted(tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handoff, "_MEMORY_BYTES", 100_000)
-    hand.returned(return_data(jid(0), "web1"))
-    with hung_process(tmp_path):
-        for number in range(1, 41):
-            hand.returned(return_data(jid(number), "web1", "x" * 10_000))
-
-    def counters() -> dict[str, int]:
-        with contextlib.closing(sqlite3.connect(handed(tmp_path))) as db:
-            return dict(db.execute("SELECT name, value FROM counters"))
-
-    wait_until(lambda: counters().get("captured") == 41, timeout=30, what="the books")
-    dropped = counters()["dropped.memory_full"]
-    assert 25 < dropped < 35
-    assert pending(tmp_path) == 41 - dropped
-
-
-def test_a_full_journal_takes_no_more_and_counts_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_journal_gives_up_returns_counts_them_and_takes_every_publish(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     hand = HandOff(opts(tmp_path, journal_max_bytes=MIB))
+    load = {"tgt": "*", "fun": "test.ping", "arg": ["x" * 2000], "user": "root", "tgt_type": "glob"}
+    for number in range(300):
+        hand.published(jid(number), load, ["web1"])
+        hand.returned(return_data(jid(number), "web1", "x" * 10_000))
+    minions = [record.minion for record in spooled(tmp_path)]
+    assert minions.count("") == 300
+    assert 50 < minions.count("web1") < 110
+    lost = {"journal_full": 300 - minions.count("web1")}
+    assert dropped(tmp_path) == lost
+    assert len([record for record in caplog.records if "journal_max_bytes" in record.getMessage()]) == 1
+    with engine(tmp_path, max_bytes=MIB) as (journal, taking):
+        books = balanced(journal)
+        assert (books["captured"], books["dropped"]) == (600, lost)
+        hand.returned(return_data(jid(999), "web1"))
+        taking.drain()
+        assert balanced(journal)["dropped"]["journal_full"] == books["dropped"]["journal_full"] + 1
+    hand.close()
+
+
+def test_what_the_engine_took_of_a_file_does_not_count_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(intake, "_SAY_SECONDS", 0.0)
+    hand = HandOff(opts(tmp_path, journal_max_bytes=MIB))
+    with engine(tmp_path) as (journal, taking):
+        for number in range(200):
+            hand.returned(return_data(jid(number), "web1", "x" * 5_000))
+            taking.drain()
+            with journal._transaction():  # as if it were in MySQL
+                journal._db.execute("DELETE FROM events")
+            taking.step()
+        assert "dropped.journal_full" not in journal._counters()
+    hand.close()
+
+
+def test_the_oldest_make_room_for_what_is_handed_over_where_that_is_asked_for(tmp_path: Path) -> None:
+    hand = HandOff(opts(tmp_path, journal_max_bytes=MIB, journal_full="drop_oldest"))
     for number in range(300):
         hand.returned(return_data(jid(number), "web1", "x" * 10_000))
-    assert 50 < pending(tmp_path) < 110
-    with contextlib.closing(sqlite3.connect(handed(tmp_path))) as db:
-        counters = dict(db.execute("SELECT name, value FROM counters"))
-    assert counters["captured"] == 300
-    assert counters["dropped.journal_full"] == 300 - pending(tmp_path)
-    assert len([record for record in caplog.records if "journal_max_bytes" in record.getMessage()]) == 1
+    assert len(spooled(tmp_path)) == 300
+    with engine(tmp_path, max_bytes=MIB, drop_oldest=True) as (journal, _):
+        books = balanced(journal)
+        entries = journal.held(jid=None, at=0, rows=1000, max_bytes=10**9)
+    assert books["captured"] == 300
+    assert books["dropped"] == {"journal_full": 300 - books["pending"]}
+    assert 50 < len(entries) < 110
+    assert jid(299).encode() in entries[0].body
+    hand.close()
 
 
-async def test_the_engine_makes_room_for_what_is_handed_over(
-    shipping: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hand = HandOff(opts(tmp_path, journal_max_bytes=MIB, journal_full="drop_oldest"))
-    async with shipping("mysql_jobcache", handed_off=True, paused=True) as ship:
-        ship.journal.caps = ship.journal.caps._replace(max_bytes=MIB, drop_oldest=True)
-        for number in range(300):
-            hand.returned(return_data(jid(number), "web1", "x" * 10_000))
-        await ship.until(lambda: pending(tmp_path) < 110)
-        books = await ship.books()
-    assert books["dropped"]["journal_full"] == 300 - books["pending"]
-    with contextlib.closing(sqlite3.connect(handed(tmp_path))) as db:
-        assert db.execute("SELECT MAX(jid) FROM events").fetchone() == (jid(299),)
-
-
-async def test_a_file_that_was_set_aside_is_left_for_the_new_one(
+async def test_what_is_handed_over_while_a_corrupt_file_is_replaced_is_stored_once(
     database: Scratch, shipping: Make, tmp_path: Path, hand: HandOff
 ) -> None:
     for number in range(50):
         hand.returned(return_data(jid(number), "web1"))
     async with shipping("mysql_jobcache", handed_off=True, paused=True) as ship:
+        await ship.until(lambda: ship.journal.pending == 50)
         await ship._in_journal(ship.journal._begin_anew)
         for number in range(50, 100):
             hand.returned(return_data(jid(number), "web1"))
+        await ship.until(lambda: ship.journal.pending == 100)
     assert ship.journal.salvaged
     async with shipping("mysql_jobcache", handed_off=True) as ship:
-        await ship.drain()
+        books = await ship.handed_over()
+    assert (books["captured"], books["written"]) == (100, 100)
     assert {row["jid"] for row in database.rows("salt_returns")} == {jid(number) for number in range(100)}
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("moment", ["before", "while"])
-async def test_what_is_handed_over_while_a_file_is_replaced_is_in_the_new_one(
-    database: Scratch, shipping: Make, hand: HandOff, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    """After the new one was made of the old one, and before it takes that one's place."""
-    monkeypatch.setattr(handoff, "_RETRY_SECONDS", 0.05)
-    hand.returned(return_data(jid(1), "web1"))
-    copy, insert = salvage.copy, journalfile.insert
-
-    def copied(*args: Any) -> salvage.Report:
-        report = copy(*args)
-        if moment == "before":
-            hand.returned(return_data(jid(2), "web1"))
-        return report
-
-    async with shipping("mysql_jobcache", handed_off=True, flush_interval=0.05) as ship:
-        if moment == "before":
-            monkeypatch.setattr(salvage, "copy", copied)
-            await ship._in_journal(ship.journal._begin_anew)
-        else:  # the copy is made between the insert and its commit
-
-            def inserted(*args: Any) -> None:
-                insert(*args)
-                monkeypatch.setattr(journalfile, "insert", insert)
-                ship.journal._begin_anew()
-
-            monkeypatch.setattr(journalfile, "insert", inserted)
-            await ship._in_journal(hand.returned, return_data(jid(2), "web1"))
-        await ship.until(lambda: hand._thread is None)  # it holds nothing in memory
-        books = await ship.settled()
-    assert (books["captured"], books["written"]) == (2, 2)
-    assert {row["jid"] for row in database.rows("salt_returns")} == {jid(1), jid(2)}
 
 
 @pytest.mark.faults
 async def test_a_cache_that_is_deleted_under_the_master_takes_nothing_along(
     database: Scratch, shipping: Make, tmp_path: Path, hand: HandOff
 ) -> None:
-    """`rm -rf` of all that Salt caches: the engine and the other processes find together again, in one file."""
+    """`rm -rf` of all that Salt caches: the engine and the other processes find together again."""
     async with shipping("mysql_jobcache", handed_off=True, flush_interval=0.05) as ship:
         ship.mysql["mysql.port"] = 1  # nobody listens there
         for number in range(50):
             hand.returned(return_data(jid(number), "web1"))
         await ship.until(lambda: ship.writer.retries > 0)
-        shutil.rmtree(tmp_path / "mysql_jobcache")
-        for number in range(50, 100):
-            hand.returned(return_data(jid(number), "web1"))
-        await ship.until(lambda: pending(tmp_path) == 100)
-        for number in range(100, 150):
-            hand.returned(return_data(jid(number), "web1"))
+        for start in (50, 100):
+            shutil.rmtree(tmp_path / "mysql_jobcache")
+            for number in range(start, start + 50):
+                hand.returned(return_data(jid(number), "web1"))
+            await ship.until(lambda: ship.journal.pending == start + 50)  # noqa: B023 (it is waited for here)
         ship.mysql["mysql.port"] = database.mysql["mysql.port"]
         books = await ship.settled()
     assert (books["captured"], books["written"]) == (150, 150)
     assert {row["jid"] for row in database.rows("salt_returns")} == {jid(number) for number in range(150)}
-    assert [path.name for path in (tmp_path / "mysql_jobcache").glob("*corrupt*")] == []
 
 
-def test_a_forked_child_opens_the_file_for_itself(tmp_path: Path) -> None:
+def test_without_an_engine_what_was_in_a_deleted_folder_is_written_again(tmp_path: Path) -> None:
+    hand = HandOff(opts(tmp_path))
+    for number in range(100):
+        hand.returned(return_data(jid(number), "web1"))
+    shutil.rmtree(folder(tmp_path))
+    hand.returned(return_data(jid(100), "web1"))
+    folder(tmp_path).rename(tmp_path / "moved away")
+    hand._look_at = 0.0
+    hand.returned(return_data(jid(101), "web1"))
+    assert [record.jid for record in spooled(tmp_path)] == [jid(number) for number in range(102)]
+    hand.close()
+
+
+@pytest.mark.parametrize("child", ["ends", "lives on", "hands over"])
+def test_a_child_that_is_forked_while_a_file_is_open_changes_nothing_for_its_parent(tmp_path: Path, child: str) -> None:
     script = (
         "hand.returned(return_data(jid(1), 'parent'))\n"
-        "if os.fork() == 0:\n"
-        "    handoff.of(opts(Path(sys.argv[1]))).returned(return_data(jid(1), 'child'))\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    if sys.argv[3] == 'hands over':\n"
+        "        spool.of(opts(Path(sys.argv[1]))).returned(return_data(jid(1), 'child'))\n"
+        "    if sys.argv[3] == 'lives on':\n"
+        "        sys.stdin.readline()\n"
         "    os._exit(0)\n"
-        "os.wait()\n"
+        "if sys.argv[3] != 'lives on':\n"
+        "    os.waitpid(child, 0)\n"
         "hand.returned(return_data(jid(2), 'parent'))\n"
+        "print('done', flush=True)\n"
+        "os._exit(0)\n"
     )
-    done = process(script, tmp_path, "{}")
-    done.communicate(timeout=60)
-    assert done.returncode == 0
-    with contextlib.closing(sqlite3.connect(handed(tmp_path))) as db:
-        rows = db.execute("SELECT jid, minion FROM events ORDER BY seq").fetchall()
-    assert rows == [(jid(1), "parent"), (jid(1), "child"), (jid(2), "parent")]
+    parent = process(script, tmp_path, "{}", child)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "done\n"
+    assert parent.wait(60) == 0
+    wanted = [(jid(1), "parent"), (jid(2), "parent")]
+    assert [(record.jid, record.minion) for record in spooled(tmp_path) if record.minion == "parent"] == wanted
+    with engine(tmp_path) as (journal, taking):
+        assert balanced(journal)["captured"] == 2 + (child == "hands over")
+        taking.step()
+        assert files(tmp_path) == [], "a child that lives on does not make its parent's file look alive"
+    parent.communicate()
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_no_call_waits_for_a_disk(tmp_path: Path) -> None:
-    HandOff(opts(tmp_path)).returned(return_data(jid(0), "web1"))
+def test_no_call_waits_for_a_disk_or_for_a_lock(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     script = "print('ready', flush=True); sys.stdin.readline()\n"
     script += "for number in range(1, 3001):\n    hand.returned(return_data(jid(number), 'web1'))\n"
@@ -409,7 +442,7 @@ def test_no_call_waits_for_a_disk(tmp_path: Path) -> None:
     assert worker.stdin is not None
     assert worker.stdout is not None
     assert worker.stdout.readline() == "ready\n"
-    calls = "trace=fsync,fdatasync,msync,sync_file_range,pwrite64"
+    calls = "trace=fsync,fdatasync,msync,sync_file_range,pwrite64,flock,fcntl,poll,select,connect"
     with subprocess.Popen(["strace", "-qq", "-f", "-e", calls, "-o", str(trace), "-p", str(worker.pid)]) as strace:
         wait_until(lambda: trace.exists() and _is_traced(worker.pid), timeout=30, what="strace")
         worker.stdin.write("go\n")
@@ -418,24 +451,109 @@ def test_no_call_waits_for_a_disk(tmp_path: Path) -> None:
         strace.terminate()
     worker.kill()
     worker.communicate()
-    assert pending(tmp_path) == 3001
+    assert len(spooled(tmp_path)) == 3000
     lines = trace.read_text().splitlines()
-    assert [line for line in lines if "pwrite64" in line], "nothing was traced"
-    assert not [line for line in lines if "sync" in line]
+    assert len([line for line in lines if "pwrite64" in line]) < 3020, "one write a return"
+    assert not [line for line in lines if "sync" in line or "poll" in line or "select" in line]
+    assert all("LOCK_NB" in line for line in lines if "flock" in line)
+    assert not [line for line in lines if "F_SETLKW" in line]
 
 
 def _is_traced(pid: int) -> bool:
     return "TracerPid:\t0" not in Path(f"/proc/{pid}/status").read_text()
 
 
-def test_without_an_engine_the_write_ahead_log_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handoff, "_WAL_BYTES", 2 * MIB)
+def test_a_file_that_is_large_is_followed_by_another_and_removed(tmp_path: Path) -> None:
+    hand = HandOff(opts(tmp_path, journal_max_bytes=4 * MIB))
+    with engine(tmp_path) as (journal, taking):
+        for number in range(500):
+            hand.returned(return_data(jid(number), "web1", "x" * 1000))
+            if number % 50 == 49:
+                taking.drain()
+                taking.step()
+                assert (
+                    sum((folder(tmp_path) / spool.FOLDER / name).stat().st_size for name in files(tmp_path)) < 200_000
+                )
+        assert len(files(tmp_path)) == 1
+        assert [event.captured_at for event in reversed(journal.held(jid=None, at=0, rows=1000, max_bytes=10**9))]
+        assert balanced(journal)["captured"] == 500
+    hand.close()
+
+
+def garbage(spool_folder: Path) -> dict[str, Path]:
+    """What may lie in the spool that is none of ours, by what it is."""
+    name = "0179561014116364289{}-17468-55a9db18-000001.spool"
+    paths = {
+        what: spool_folder / name.format(number)
+        for number, what in enumerate(["a link", "a folder", "a pipe", "of another", "random", "empty", "cut"])
+    }
+    (spool_folder.parent / "target").write_bytes(b"a secret")
+    paths["a link"].symlink_to(spool_folder.parent / "target")
+    paths["a folder"].mkdir()
+    os.mkfifo(paths["a pipe"])
+    paths["of another"].write_bytes(b"x" * 100)
+    os.chown(paths["of another"], 65533, 65533)
+    paths["random"].write_bytes(os.urandom(5000))
+    paths["empty"].touch()
+    paths["cut"].write_bytes(spool.HEADER.pack(spool.MAGIC, b"k" * 8, 0, 0, 0)[:20])
+    (spool_folder / "notes.txt").write_text("mine")
+    return paths
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_what_lies_in_the_spool_and_is_none_of_ours_harms_nothing(tmp_path: Path, hand: HandOff) -> None:
+    hand.returned(return_data(jid(1), "web1"))
+    paths = garbage(folder(tmp_path) / spool.FOLDER)
+    with engine(tmp_path) as (journal, taking):
+        for _ in range(3):
+            taking.step()
+        books = balanced(journal)
+        assert (books["captured"], books["pending"], books["dropped"]) == (2, 1, {"spool_torn": 1})
+    assert {what for what, path in paths.items() if os.path.lexists(path)} == {
+        "a link", "a folder", "a pipe", "of another",
+    }  # fmt: skip
+    assert (folder(tmp_path) / "target").read_bytes() == b"a secret"
+
+
+@pytest.mark.parametrize("alive", [True, False])
+@pytest.mark.parametrize("damage", ["cut", "zeros", "flipped", "length", "middle"])
+def test_a_damaged_record_costs_itself_and_is_counted_once(
+    tmp_path: Path, damage: str, alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a minion put into its value, which looks like a record, is none."""
     hand = HandOff(opts(tmp_path))
-    for number in range(2000):
-        hand.returned(return_data(jid(number), "web1"))
-        if number % 200 == 199:
-            wait_until(lambda: journalfile.wal_bytes(handed(tmp_path)) < 3 * MIB, timeout=30, what="the log")
-    assert pending(tmp_path) == 2000
+    fake = b"k" * 8 + spool.pack(spool.Record(1.0, jid(666), "forged", returned(jid(666), "forged")))
+    for number in range(20):
+        hand.returned(return_data(jid(number), "web1", [fake] * 5))
+    (name,) = files(tmp_path)
+    path = folder(tmp_path) / spool.FOLDER / name
+    content = path.read_bytes()
+    key = content[8:16]
+    begins = [at for at in range(len(content)) if content.startswith(key, at)][1:]
+    assert len(begins) == 20
+    middle, last = begins[10], begins[19]
+    changed = {
+        "cut": content[: last + 50],
+        "zeros": content[: last + 50] + bytes(len(content) - last - 50),
+        "flipped": content[: last + 50] + b"?" + content[last + 51 :],
+        "length": content[: middle + 8] + b"\xff\xff\xff\x7f" + content[middle + 12 :],
+        "middle": content[:middle] + bytes(30) + content[middle + 30 :],
+    }[damage]
+    path.write_bytes(changed)
+    if not alive:
+        hand.close()
+    with engine(tmp_path) as (journal, taking):
+        for _ in range(4):
+            taking.step()
+        hand.close()
+        for _ in range(4):
+            taking.step()
+        books = balanced(journal)
+        assert (books["captured"], books["pending"], books["dropped"]) == (20, 19, {"spool_torn": 1})
+        jids = {records.PLAIN_RETURN.match(entry.body)[1].decode() for entry in  # type: ignore[index] # all are returns
+                journal.held(jid=None, at=0, rows=100, max_bytes=10**9)}  # fmt: skip
+        assert jids == {jid(number) for number in range(20)} - {jid(10 if damage in ("length", "middle") else 19)}
+    assert files(tmp_path) == []
 
 
 def test_the_log_says_once_for_all_processes_that_nobody_ships(
@@ -453,7 +571,158 @@ def test_what_root_makes_belongs_to_the_master(tmp_path: Path) -> None:
     cachedir = tmp_path / "cache"
     cachedir.mkdir()
     os.chown(cachedir, 65534, 65534)
-    HandOff(opts(cachedir)).returned(return_data(jid(1), "web1"))
-    made = [handed(cachedir).parent, *handed(cachedir).parent.iterdir()]
-    assert {path.name for path in made} >= {"mysql_jobcache", "journal.sqlite", "journal.sqlite-wal"}
-    assert {(path.stat().st_uid, path.stat().st_mode & 0o077) for path in made} == {(65534, 0)}
+    hand = HandOff(opts(cachedir))
+    hand.returned(return_data(jid(1), "web1"))
+    hand.keep_out(jid(2))
+    with engine(cachedir):
+        made = {path.name: path.stat() for path in [folder(cachedir), *folder(cachedir).rglob("*")]}
+    hand.close()
+    assert made.keys() >= {"mysql_jobcache", "journal.sqlite", "journal.sqlite-wal", "spool", "used", jid(2)}
+    assert {(info.st_uid, info.st_mode & 0o077) for info in made.values()} == {(65534, 0)}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_root_follows_no_link_in_the_folder_and_gives_away_only_what_it_made(tmp_path: Path) -> None:
+    cachedir, target = tmp_path / "cache", tmp_path / "shadow"
+    cachedir.mkdir()
+    target.write_text("root's own")
+    target.chmod(0o640)
+    os.chown(cachedir, 65534, 65534)
+    with engine(cachedir):
+        pass
+    for name in ("said", "used", "lock", "spool/00.last", f"nocache/{jid(1)}"):
+        path = folder(cachedir) / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+    hand = HandOff(opts(cachedir))
+    hand.keep_out(jid(1))
+    hand.returned(return_data(jid(2), "web1"))
+    with pytest.raises(JournalError, match="cannot be used"), engine(cachedir):
+        pass
+    (folder(cachedir) / "lock").unlink()
+    (folder(cachedir) / "journal.sqlite").unlink()
+    (folder(cachedir) / "journal.sqlite").symlink_to(target)
+    with pytest.raises(JournalError, match="is a link"), engine(cachedir):
+        pass
+    hand.close()
+    assert (target.read_text(), target.stat().st_uid, target.stat().st_mode & 0o777) == ("root's own", 0, 0o640)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("what", ["a link", "of another"])
+def test_a_folder_that_is_a_link_or_of_another_user_is_refused_with_what_to_do(tmp_path: Path, what: str) -> None:
+    other = tmp_path / "other"
+    other.mkdir(mode=0o755)
+    if what == "a link":
+        folder(tmp_path).symlink_to(other)
+    else:
+        folder(tmp_path).mkdir()
+        os.chown(folder(tmp_path), 65533, 65533)
+    with pytest.raises(
+        JournalError, match="put a real folder there" if what == "a link" else "belongs to the user 65533"
+    ):
+        Journal(folder(tmp_path)).open()
+    hand = HandOff(opts(tmp_path))
+    hand.returned(return_data(jid(1), "web1"))
+    hand.keep_out(jid(2))
+    assert hand._held, "it is held in memory"
+    assert (list(other.iterdir()), other.stat().st_mode & 0o777) == ([], 0o755)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "", "x", jid(1) + "/../x", jid(1) + chr(10)])
+def test_a_mark_is_made_for_a_jid_alone(tmp_path: Path, hand: HandOff, name: str) -> None:
+    hand.keep_out(name)
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_on_a_disk_that_is_full_to_the_last_byte_publishes_are_taken_and_returns_held(tmp_path: Path) -> None:
+    load = {"tgt": "*", "fun": "test.ping", "arg": [], "user": "root", "tgt_type": "glob"}
+    with mounted(tmp_path / "disk") as disk:
+        hand = HandOff(opts(disk))
+        hand.returned(return_data(jid(0), "web1"))
+        ballast = fill(disk)
+        hand._look_at = 0.0
+        began = time.monotonic()
+        for number in range(1, 501):
+            hand.published(jid(number), load, ["web1", "web2"])
+            hand.returned(return_data(jid(number), "web1"))
+        assert time.monotonic() - began < 1.0
+        there = spooled(disk)
+        assert [record.jid for record in there if record.minion == ""] == [jid(number) for number in range(1, 501)]
+        assert len(hand._held) == 500
+        assert set(Pending(opts(disk)).jobs()) == {jid(number) for number in range(501)}, "they are found at once"
+        ballast.unlink()
+        wait_until(lambda: not hand._held, timeout=30, what="the returns")
+        with engine(disk) as (journal, taking):
+            for _ in range(3):
+                taking._last_at = 0.0
+                taking.drain()
+            books = balanced(journal)
+        assert (books["captured"], books["dropped"]) == (1001, {})
+        last = [(folder(disk) / spool.FOLDER / name).read_bytes()[spool.HEADER.size :] for name in spool.LAST]
+        assert not b"".join(last).strip(bytes(1)), "there is room for the next time"
+        hand.close()
+
+
+def test_short_processes_that_come_and_go_cost_the_workers_nothing(tmp_path: Path) -> None:
+    """Without an engine: nobody's end takes anything along that others handed over."""
+    script = (
+        "for number in range(2000):\n"
+        "    hand.returned(return_data(jid(number), f'worker-{sys.argv[3]}', 'x' * 40_000))\n"
+        "    if number % 400 == 399:\n"
+        "        print(number, flush=True); sys.stdin.readline()\n"
+    )
+    short = "hand.returned(return_data(jid(1), f'short-{sys.argv[3]}', 'x' * 40_000))\n"
+    workers = [process(script, tmp_path, "{}", name) for name in "abc"]
+    for number in range(5):
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == f"{400 * number + 399}\n"
+        done = process(short, tmp_path, "{}", number)
+        done.communicate(timeout=60)
+        for worker in workers:
+            assert worker.stdin is not None
+            worker.stdin.write("on\n")
+            worker.stdin.flush()
+    for worker in workers:
+        worker.communicate(timeout=60)
+    with engine(tmp_path) as (journal, taking):
+        while taking.drain().more:
+            pass
+        books = balanced(journal)
+        assert (books["captured"], books["pending"]) == (6005, 6005)
+        found = journal._db.execute("SELECT minion, COUNT(DISTINCT jid) FROM events GROUP BY minion").fetchall()
+    assert sorted(found) == sorted(
+        [(f"worker-{name}", 2000) for name in "abc"] + [(f"short-{number}", 1) for number in range(5)]
+    )
+
+
+def test_workers_drop_nothing_while_large_dead_letters_are_tried_again(tmp_path: Path) -> None:
+    script = (
+        "print('ready', flush=True); sys.stdin.readline(); slowest = 0.0\n"
+        "for number in range(2000):\n"
+        "    began = time.perf_counter()\n"
+        "    hand.returned(return_data(jid(number), f'worker-{sys.argv[3]}', 'x' * 2000))\n"
+        "    slowest = max(slowest, time.perf_counter() - began)\n"
+        "print(slowest)\n"
+    )
+    with engine(tmp_path) as (journal, taking):
+        for number in range(20):
+            journal.append([NewEvent(1.0, jid(number), "large", os.urandom(5 * MIB))])
+        seqs = [entry.seq for entry in journal.read(after=0, rows=100, max_bytes=10**9)]
+        journal.settle(Settlement(seqs, {}, dict.fromkeys(seqs, ("refused", "too large"))))
+        workers = [process(script, tmp_path, "{}", name) for name in "ab"]
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdin is not None
+            assert worker.stdout.readline() == "ready\n"
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+        assert journal.retry_dead_letters(None, trusted=True) == 20
+        slowest = [float(worker.communicate(timeout=60)[0]) for worker in workers]
+        while taking.drain().more:
+            pass
+        books = balanced(journal)
+    assert (books["captured"], books["pending"], books["dropped"]) == (4020, 4020, {})
+    assert max(slowest) < 0.25, "nobody waited for the engine"

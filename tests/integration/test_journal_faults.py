@@ -20,6 +20,7 @@ import pytest
 from salt_mysql_engine import capture, writer
 from salt_mysql_engine.errors import JournalError
 from salt_mysql_engine.journal import Journal
+from tests.support.disks import fill, mounted
 from tests.support.scratch import Scratch
 from tests.support.shipping import Shipping, jid, returned, returns
 
@@ -34,17 +35,8 @@ NOWHERE = 1
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 32 MiB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a disk of its own cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "disk") as disk:
+        yield disk
 
 
 @pytest.fixture
@@ -52,15 +44,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries again soon."""
     monkeypatch.setattr(capture, "_RETRY_SECONDS", 0.05)
     monkeypatch.setattr(writer, "_JOURNAL_RETRY_SECONDS", 0.05)
-
-
-def fill(disk: Path, name: str = "ballast") -> Path:
-    """Leaves no byte free."""
-    ballast = disk / name
-    with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    return ballast
 
 
 def large(count: int, *, first: int = 1) -> list[bytes]:

@@ -25,6 +25,7 @@ from salt_mysql_engine import settings
 from salt_mysql_engine.batcher import Limits
 from salt_mysql_engine.capture import Capture
 from salt_mysql_engine.database import Database, Session
+from salt_mysql_engine.intake import Intake, Taken
 from salt_mysql_engine.jobcache import JobCache
 from salt_mysql_engine.journal import Journal, NewEvent
 from salt_mysql_engine.reconcile import Reconciler
@@ -51,7 +52,7 @@ class Shipping:
     """An engine's inside in `directory`, shipping to `mysql` (`mysql.*` options); `options` are the engine's own.
 
     With a `cachedir` the job cache there confirms events, as `verify_returns` says; `reconcile` runs passes over it.
-    With `handed_off` jobs come from other processes (`handoff.py`) and not from the bus.
+    With `handed_off` jobs come from other processes (`spool.py`) and not from the bus.
     Every value is stored, unless `skip_values` says otherwise.
     With `paused=True` events stay in the journal, as they would if the engine were killed before it shipped them.
     """
@@ -75,6 +76,7 @@ class Shipping:
         selection = Selection(chosen, master_id=master)
         self.mysql = dict(mysql)
         self.journal = Journal(directory)
+        self.intake = Intake(self.journal, directory)
         self.database = Database(
             self._login, connect_timeout=chosen.connect_timeout, statement_timeout=chosen.statement_timeout
         )
@@ -126,7 +128,7 @@ class Shipping:
         if self.reconciler is not None:
             self._beside.append(asyncio.create_task(self.reconciler.run(), name="reconciler"))
         if self._handed_off:
-            self._beside.append(asyncio.create_task(self._look(), name="look"))
+            self._beside.append(asyncio.create_task(self._take(), name="intake"))
         if not self._paused:
             self._task = asyncio.create_task(self.writer.run(), name="writer")
         return self
@@ -148,16 +150,19 @@ class Shipping:
             if error is None:
                 await self.books()
         finally:
+            await self._in_journal(self.intake.close)
             await self._in_journal(self.journal.close)
             self._thread.shutdown()
             self._cache_thread.shutdown()
 
-    async def _look(self) -> None:
+    async def _take(self) -> None:
         while True:
-            events, size = await self._in_journal(self.journal.look)
-            if events:
-                self.writer.announce(events, size)
-            await asyncio.sleep(0.05)
+            taken = Taken(0, 0, more=False)
+            with contextlib.suppress(sqlite3.Error):  # a full disk, say
+                taken = await self._in_journal(self.intake.step)
+            if taken.events:
+                self.writer.announce(taken.events, taken.size)
+            await asyncio.sleep(0 if taken.more else 0.02)
 
     def _login(self) -> Connection:
         return Connection.from_opts(self.mysql)
@@ -203,6 +208,12 @@ class Shipping:
                 self._task.result()
             raise TimeoutError(f"not drained within {timeout:g} s: {await self.books()}, last fault {self.fault!r}")
         return await self.books()
+
+    async def handed_over(self) -> dict[str, Any]:
+        """Take what is in the spool and wait until all of it has met its fate; gives the books."""
+        taken: Taken = await self._in_journal(self.intake.drain)
+        self.writer.announce(taken.events, taken.size)
+        return await self.drain()
 
     async def until(self, condition: Callable[[], bool], *, timeout: float = PATIENCE) -> None:
         """Poll until `condition` holds."""

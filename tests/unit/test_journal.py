@@ -556,9 +556,7 @@ def test_the_journal_is_for_its_owner_only(journal: Journal) -> None:
     journal.append(events(1))
     files = {path.name: mode(path) for path in journal.path.parent.iterdir()}
     assert mode(journal.path.parent) == 0o700
-    assert files == dict.fromkeys(
-        ("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", "lock", "opening"), 0o600
-    )
+    assert files == dict.fromkeys(("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", "lock"), 0o600)
 
 
 def test_a_folder_that_was_open_to_others_is_closed_to_them(tmp_path: Path) -> None:

@@ -17,10 +17,22 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 FOLDERS = ("engines", "runners", "returners", "output")
 
 LAYERS = (
-    {"errors", "jsontext", "settings", "tls", "waits", "salvage", "journalfile", "mending", "letters", "unconfirmed"},
+    {
+        "errors",
+        "folders",
+        "jsontext",
+        "settings",
+        "tls",
+        "waits",
+        "salvage",
+        "journalfile",
+        "mending",
+        "letters",
+        "unconfirmed",
+    },
     {"records", "sql", "database", "pillar", "jobcache", "moments", "pool", "steady", "partitions"},
     {"schema", "stencil", "items", "rows", "blueprint", "folding", "shadow", "backfill", "survey", "purge"},
-    {"bus", "capture", "journal", "batcher", "verify", "writer", "reconcile", "control", "handoff"},
+    {"bus", "capture", "journal", "batcher", "verify", "writer", "reconcile", "control", "spool", "intake"},
     {"migrate", "retention", "pending", "reader", "search"},
     {"answers", "history"},
     {"engine", "verbs", "upkeep"},
