@@ -1,24 +1,49 @@
-"""Columns ``fun``, ``user`` and ``tgt`` of rows that other writers put into ``jids``: what their load says."""
+"""What our tables have columns for and other writers leave out: ``fun``, ``user`` and ``tgt`` of ``jids``, as the load
+says, and ``failed`` of ``salt_returns``."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from . import records
+from . import records, sql
 from .database import Session
+from .schema import Shape
 from .sql import quote
 
 _COLUMNS = ("fun", "user", "tgt")
 _BYTES = 4 * 1024 * 1024
-"""Of loads in one batch, about: a publish to a large fleet holds the name of every minion."""
+"""Of loads or returns in one batch, about: a publish to a large fleet holds the name of every minion."""
 
 
-async def backfill(session: Session, *, limit: int) -> int:
-    """Fills in at most ``limit`` rows that have no ``fun`` yet, in one transaction; gives how many.
+async def backfill(session: Session, shape: Shape, *, limit: int) -> int:
+    """Fills in at most ``limit`` rows of each table, in a transaction each; gives how many."""
+    filled = await _fill_jobs(session, limit) if shape.job_columns else 0
+    return filled + (await _fill_returns(session, limit) if shape.failed else 0)
 
-    A load that cannot be read gets empty texts, so that it is not met again.
-    """
+
+async def _fill_returns(session: Session, limit: int) -> int:
+    waiting = await session.query(
+        "SELECT `jid`, `id`, LENGTH(`full_ret`) FROM `salt_returns` WHERE `failed` IS NULL "
+        f"ORDER BY `jid` DESC LIMIT {limit:d}"
+    )
+    keys: list[tuple[str, str]] = []
+    size = 0
+    for jid, minion, length in waiting:
+        if keys and size + length > _BYTES:
+            break
+        keys.append((jid, minion))
+        size += length
+    for where in sql.among(keys):
+        await session.execute(
+            f"UPDATE `salt_returns` SET `failed` = {sql.failed()} WHERE `failed` IS NULL AND ({where})"
+        )
+    await session.commit()
+    return len(keys)
+
+
+async def _fill_jobs(session: Session, limit: int) -> int:
+    """A load that cannot be read gets empty texts, so that it is not met again."""
     waiting = await session.query(
         f"SELECT `jid`, CHAR_LENGTH(`load`) FROM `jids` WHERE `fun` IS NULL ORDER BY `jid` DESC LIMIT {limit:d}"
     )

@@ -17,6 +17,8 @@ from .schema import Column, Key, Table
 ARCHIVE = "_archive"
 _WIDEST_IN_A_KEY = 384
 """Characters: two such columns of four bytes each are the 3,072 bytes that a key of InnoDB may have."""
+_FORMER_KEYS = {("success", ("success", "jid"))}
+"""That our tables once had."""
 _COLUMN = re.compile(r"^    `(\w+)` (.+?),?$", re.MULTILINE)
 _KEY = re.compile(r"^    (PRIMARY|UNIQUE|) ?KEY (?:`(\w+)` )?\(([^)]*)\)", re.MULTILINE)
 
@@ -159,6 +161,8 @@ def _is_superseded(name: str, key: str, present: Key) -> bool:
     want = wanted(name)
     if not set(present.columns) <= want.columns.keys() or want.keys.get(key) == present:
         return False
+    if (key, present.columns) in _FORMER_KEYS:
+        return True
     if present.unique:
         return any(mine.unique and set(mine.columns) == set(present.columns) for mine in want.keys.values())
     return key in want.keys or any(
@@ -172,7 +176,7 @@ def _satisfies(present: Column, definition: str) -> bool:
         width = int(re.findall(r"\d+", kind)[0])
         fits = present.type.startswith("varchar") and (present.characters or 0) >= width
     else:
-        fits = re.sub(r"^(bigint|int)\(\d+\)", r"\1", present.type) == kind
+        fits = re.sub(r"^(bigint|int|tinyint)\(\d+\)", r"\1", present.type) == kind
     if present.charset is not None and present.charset != "utf8mb4":
         return False
     wanted_collations = _COLLATION.findall(definition)  # of which each server reads its own

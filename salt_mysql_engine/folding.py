@@ -6,7 +6,7 @@ that Salt trimmed, and a published load before one made of a return.
 
 from __future__ import annotations
 
-from . import blueprint
+from . import blueprint, sql
 from .schema import Table
 
 _TRIMMED = "'%, \"trimmed\": true}'"
@@ -34,6 +34,8 @@ def insert(of: str, source: str, target: str, have: Table, want: Table, where: s
     values = {column: _value(of, column) for column in columns}
     if of == "salt_returns" and "alter_time" not in values:
         values["alter_time"] = f"CAST({_JID_MOMENT} AS DATETIME(6))"
+    if of == "salt_returns" and "failed" in want.columns and "failed" not in values:
+        values["failed"] = sql.failed("`src`.")
     theirs = [column for column in values if column not in (*keys_of(of), "full_ret", "alter_time")]
     mine = f"`{target}`"
     if of == "salt_returns":

@@ -135,9 +135,11 @@ def job(opts: Mapping[str, Any], jid: Any) -> dict[str, Any]:
 
 
 def _stored(reader: Reader, jid: str) -> _Stored:
-    at = "`alter_time`" if "alter_time" in reader.columns("salt_returns") else "NULL"
+    columns = reader.columns("salt_returns")
+    at = "`alter_time`" if "alter_time" in columns else "NULL"
+    failed_column = search.failed_column("", "failed" in columns)
     answers: dict[str, _Answer] = {}
-    rows = reader.query(f"SELECT `id`, `success` = '0', {at} FROM `salt_returns` WHERE `jid` = %s", jid)
+    rows = reader.query(f"SELECT `id`, {failed_column}, {at} FROM `salt_returns` WHERE `jid` = %s", jid)
     for minion, failed, moment in rows:
         answers.setdefault(minion, _Answer(bool(failed), moment))
     bad = sorted(minion for minion, answer in answers.items() if answer.failed)[:MOST_MINIONS]
@@ -149,7 +151,7 @@ def _stored(reader: Reader, jid: str) -> _Stored:
         ):
             failures.setdefault(minion, {"retcode": _number(retcode), "reason": reason(_value(value))})
         for retcode, count in reader.query(
-            f"SELECT {_RETCODE} AS `retcode`, COUNT(*) FROM `salt_returns` WHERE `jid` = %s AND `success` = '0' "
+            f"SELECT {_RETCODE} AS `retcode`, COUNT(*) FROM `salt_returns` WHERE `jid` = %s AND {failed_column} "
             "GROUP BY `retcode`",
             jid,
         ):
@@ -163,8 +165,8 @@ def _job(jid: str, pending: PendingJob, stored: _Stored) -> dict[str, Any]:
     for minion, ret in pending.returns.items():
         if minion in answers:
             continue
-        answers[minion] = _Answer(not ret.success, datetime.datetime.fromisoformat(ret.altered))
-        if not ret.success:
+        answers[minion] = _Answer(ret.failed, datetime.datetime.fromisoformat(ret.altered))
+        if ret.failed:
             full_ret = parsed(ret.full_ret_json)
             failures[minion] = {"retcode": full_ret.get("retcode"), "reason": reason(full_ret.get("return"))}
             retcodes[str(full_ret.get("retcode"))] += 1
@@ -202,16 +204,19 @@ def minion(opts: Mapping[str, Any], minion_id: Any, *, limit: Any = 20) -> Table
     Raises:
         EngineError: an argument cannot be used, or the database does not answer.
     """
-    rows = Reader(opts).query(
-        f"SELECT `jid`, `fun`, `success`, {_RETCODE} FROM `salt_returns` WHERE `id` = %s AND `jid` < %s "
+    name, most = _name("the minion", minion_id), _limit(limit)
+    reader = Reader(opts)
+    failed_column = search.failed_column("", "failed" in reader.columns("salt_returns"))
+    rows = reader.query(
+        f"SELECT `jid`, `fun`, {failed_column}, {_RETCODE} FROM `salt_returns` WHERE `id` = %s AND `jid` < %s "
         "ORDER BY `jid` DESC LIMIT %s",
-        _name("the minion", minion_id),
+        name,
         search.LAST_JID,
-        _limit(limit),
+        most,
     )
     found: Table = {}
-    for jid, fun, success, retcode in rows:
-        line = {"started": _started(jid), "fun": fun, "success": success != "0", "retcode": _number(retcode)}
+    for jid, fun, failed, retcode in rows:
+        line = {"started": _started(jid), "fun": fun, "success": not failed, "retcode": _number(retcode)}
         found.setdefault(jid, line)
     return found
 
@@ -222,13 +227,19 @@ def failures(opts: Mapping[str, Any], *, since: Any = "24h", limit: Any = 50) ->
     Raises:
         EngineError: an argument cannot be used, or the database does not answer.
     """
-    rows = Reader(opts).query(
-        f"SELECT `jid`, `id`, `fun`, {_RETCODE}, {_VALUE} FROM `salt_returns` "
-        "WHERE `success` = '0' AND `jid` >= %s AND `jid` < %s ORDER BY `jid` DESC, `id` DESC LIMIT %s",
-        moments.jid_at(_moment("since", since)),
-        search.LAST_JID,
-        _limit(limit),
+    first, most = moments.jid_at(_moment("since", since)), _limit(limit)
+    reader = Reader(opts)
+    ranges = search.failed_ranges("failed" in reader.columns("salt_returns"))
+    newest = " ORDER BY `jid` DESC, `id` DESC LIMIT %s"
+    statement = " UNION ALL ".join(
+        f"(SELECT `jid`, `id`, `fun`, {_RETCODE} AS `retcode`, {_VALUE} AS `value` FROM `salt_returns` "
+        f"WHERE {each} AND `jid` >= %s AND `jid` < %s{newest})"
+        for each in ranges
     )
+    values = [first, search.LAST_JID, most] * len(ranges)
+    if len(ranges) > 1:
+        statement, values = statement + newest, [*values, most]
+    rows = reader.query(statement, *values)
     found: dict[str, Table] = {}
     for jid, minion_id, fun, retcode, value in rows:
         found.setdefault(jid, {})[minion_id] = {

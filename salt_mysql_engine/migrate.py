@@ -137,9 +137,10 @@ async def apply(steady: Steady, version: int, folder: Path = FOLDER) -> list[int
 
 async def _fill_in(steady: Steady, progress: Progress) -> int:
     filled = 0
-    while more := await steady.transaction(lambda session: backfill(session, limit=_BACKFILL_ROWS)):
+    shape = schema.shape_of(await steady.transaction(schema.look))
+    while more := await steady.transaction(lambda session: backfill(session, shape, limit=_BACKFILL_ROWS)):
         filled += more
-        progress("fun, user and tgt of jids", filled, 0)
+        progress("columns of rows that others wrote", filled, 0)
     return filled
 
 

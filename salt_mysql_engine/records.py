@@ -111,7 +111,8 @@ class Return(NamedTuple):
     """A row of ``salt_returns``; ``altered`` is UTC, ``YYYY-MM-DD HH:MM:SS.ffffff``.
 
     ``data`` is what :func:`synthesised_load` makes a ``jids`` row of, when no better one is known.
-    ``trimmed``: Salt replaced some of the value, and ``full_ret`` says so.
+    ``trimmed``: Salt replaced some of the value, and ``full_ret`` says so. ``failed`` is for our own verbs: ``success``
+    is false, or ``retcode`` is not 0.
     """
 
     jid: str
@@ -123,6 +124,7 @@ class Return(NamedTuple):
     altered: str
     data: dict[str, Any]
     trimmed: bool = False
+    failed: bool = False
 
 
 class Event(NamedTuple):
@@ -556,6 +558,7 @@ def _minion_return(tag: Tag, data: dict[str, Any], altered: str, trimmed: bool) 
             altered,
             data,
             trimmed,
+            not success or is_bad(retcode),
         )
     )
 
@@ -575,6 +578,7 @@ def _master_job(tag: Tag, data: Mapping[str, Any], master_id: str) -> dict[str, 
 def _master_return(tag: Tag, data: dict[str, Any], altered: str, master_id: str) -> Record:
     """A runner's or wheel's return: ``return`` is the whole of ``data``, as the master's cache has it."""
     success = _success(data)
+    retcode = data.get("retcode", 0 if success else 1)
     return_json = jsontext.dumps(data)
     full_ret = {
         "id": master_id,
@@ -585,7 +589,7 @@ def _master_return(tag: Tag, data: dict[str, Any], altered: str, master_id: str)
         "user": data.get("user", ""),
         "fun_args": data.get("fun_args", []),
         "success": success,
-        "retcode": data.get("retcode", 0 if success else 1),
+        "retcode": retcode,
     }
     return Record(
         ret=Return(
@@ -597,6 +601,7 @@ def _master_return(tag: Tag, data: dict[str, Any], altered: str, master_id: str)
             success,
             altered,
             _master_job(tag, data, master_id),
+            failed=not success or is_bad(retcode),
         )
     )
 
@@ -696,6 +701,22 @@ def _success(data: Mapping[str, Any]) -> bool:
         if isinstance(value, (bool, int)):
             return is_good(value)
     return True
+
+
+def is_bad(retcode: Any) -> bool:
+    """Whether a retcode (of several functions a dict or list of them) is not 0; ``sql.failed`` is the same in SQL."""
+    if type(retcode) is int:
+        return retcode != 0
+    if isinstance(retcode, dict) and retcode:
+        retcode = list(retcode.values())
+    text = retcode if isinstance(retcode, str) else jsontext.dumps(retcode)
+    for nothing in NO_FAULT:
+        text = text.replace(nothing, "")
+    return text != ""
+
+
+NO_FAULT = ("null", "false", "0", ".", ",", " ", "[", "]", "{", "}")
+"""What the JSON of a retcode may consist of that tells of no fault."""
 
 
 def _is_zero(retcode: Any) -> bool:

@@ -90,10 +90,10 @@ class Retention:
             tables = await steady.transaction(schema.look)
             if not tables.keys() >= {"jids", "salt_returns"}:  # the writer says so, if it is not to create them
                 return
-            if schema.shape_of(tables).job_columns:
-                while filled := await steady.transaction(lambda session: backfill(session, limit=_BACKFILL_ROWS)):
-                    self.filled += filled
-                    await asyncio.sleep(0.1)
+            shape = schema.shape_of(tables)
+            while filled := await steady.transaction(lambda session: backfill(session, shape, limit=_BACKFILL_ROWS)):
+                self.filled += filled
+                await asyncio.sleep(0.1)
             if not self.confirmed or time.monotonic() < self._purged_at + _PURGE_SECONDS:
                 return
             now = await self._now(steady)

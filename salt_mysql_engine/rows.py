@@ -156,13 +156,20 @@ class Rows:
         if "salt_returns" not in self._shape.unique:
             there = await self._returned(keys)
             keys = [key for key in keys if key not in there]
-        head = sql.INSERT_RETURNS if self._shape.alter_time else sql.INSERT_RETURNS_UNTIMED
+        head = sql.insert_returns(timed=self._shape.alter_time, failed=self._shape.failed)
         items = [firsts[key] for key in keys]
-        rows = [item.return_row for item in items] if self._as_ever else map(self._fitted_row, items)
+        rows: Iterable[bytes]
+        if not self._as_ever:
+            rows = map(self._fitted_row, items)
+        elif self._shape.failed:
+            rows = [item.return_row for item in items]
+        else:
+            rows = [sql.without_failed(item.return_row) for item in items]
         return await self._insert(head, rows, sql.KEEP_RETURNS)
 
     def _fitted_row(self, item: Item) -> bytes:
-        return sql.return_row(self._fitted(self._return(item)), timed=self._shape.alter_time)
+        ret = self._fitted(self._return(item))
+        return sql.return_row(ret, timed=self._shape.alter_time, failed=self._shape.failed)
 
     def _fitted(self, ret: Return) -> Return:
         """A return as the columns take it."""
@@ -275,7 +282,7 @@ class Rows:
             if digest == _digest(ret):
                 continue
             if trimmed and not ret.trimmed and key not in mended:
-                await self._session.execute(sql.update_return(ret))
+                await self._session.execute(sql.update_return(ret, failed=self._shape.failed))
                 mended.add(key)
             elif not ret.trimmed:
                 differing.append(ret)

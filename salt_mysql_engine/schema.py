@@ -57,6 +57,8 @@ class Shape(NamedTuple):
     """``salt_returns`` has ``alter_time``."""
     bytewise: bool
     """The columns of the unique keys compare byte by byte, trailing spaces too."""
+    failed: bool
+    """``salt_returns`` has ``failed``."""
 
 
 class Column(NamedTuple):
@@ -192,6 +194,7 @@ def shape_of(tables: dict[str, Table]) -> Shape:
             for table, columns in ((jids, UNIQUE["jids"]), (returns, UNIQUE["salt_returns"]))
             for column in columns
         ),
+        failed="failed" in returns.columns,
     )
 
 

@@ -5,8 +5,9 @@ however many there are. A glob becomes the values that it matches, where these a
 else the jobs are gone through from the newest on. Filters on jobs and on returns meet in a subquery that stops at the
 first return: written as EXISTS, servers like to turn it round and read all returns.
 
-Jobs that another returner wrote have NULL in ``fun``, ``user`` and ``tgt`` until the engine fills them in, and tables
-that nobody migrated do not have these columns: then the load itself is asked.
+Rows that another returner wrote have NULL in ``fun``, ``user`` and ``tgt`` of the job and in ``failed`` of the return
+until the engine fills them in, and tables that nobody migrated do not have these columns: then the load itself is
+asked, or the whole return.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from . import sql
 from .reader import Reader
 
 _MANY_VALUES = 64
@@ -22,7 +24,6 @@ LAST_JID = "99999999999999999999"
 """Younger than every jid; what is no jid, and was stored by others, comes after it."""
 _ESCAPE = "|"
 _JOB_COLUMNS = ("fun", "user", "tgt")
-_MOST_OUTCOMES = 8
 
 
 class Wanted(NamedTuple):
@@ -64,16 +65,19 @@ def newest(reader: Reader, wanted: Wanted) -> list[str]:
 
 def _ranges(reader: Reader, wanted: Wanted) -> Iterator[_Condition]:
     """SELECTs of jids, each of which can end at the limit."""
-    returned = _returned(wanted)
+    has_failed = "failed" in reader.columns("salt_returns")
+    returned = _returned(wanted, has_failed)
     filters = [(name, glob) for name in _JOB_COLUMNS if (glob := getattr(wanted, name)) is not None]
     if not filters and wanted.minion is not None:
         minions = _values(reader, "salt_returns", "id", wanted.minion)
         if minions is not None:
             for minion in minions:
-                yield _of_returns(wanted, _Condition("`id` = %s", [minion]))
+                failed = [f"{failed_column('', has_failed)} = 1"] if wanted.failed else []
+                yield _of_returns(wanted, _Condition(" AND ".join(["`id` = %s", *failed]), [minion]))
             return
     if not filters and wanted.minion is None and wanted.failed:
-        yield _of_returns(wanted, _Condition("`success` = '0'", []))
+        for condition in failed_ranges(has_failed):
+            yield _of_returns(wanted, _Condition(condition, []))
         return
     if not filters:
         yield _of_jobs(wanted, *returned)
@@ -98,16 +102,25 @@ def _of_jobs(wanted: Wanted, *conditions: _Condition) -> _Condition:
 
 
 def _of_returns(wanted: Wanted, which: _Condition) -> _Condition:
-    failed = [_Condition("`success` = '0'", [])] if wanted.failed else []
-    where = _joined(_window(wanted, "`jid`"), which, *failed)
+    where = _joined(_window(wanted, "`jid`"), which)
     return _Condition(f"SELECT DISTINCT `jid` FROM `salt_returns` WHERE {where.sql}", where.values)
 
 
-def _returned(wanted: Wanted) -> list[_Condition]:
+def failed_column(table: str, exists: bool) -> str:
+    """Whether a row failed, 1 or 0; ``exists``: the table has the column. ``table`` is its alias and a dot."""
+    return f"COALESCE({table}`failed`, {sql.failed(table)})" if exists else sql.failed(table)
+
+
+def failed_ranges(exists: bool) -> list[str]:
+    """Conditions that together are those of the rows that failed, each with an index of its own where there is one."""
+    return ["`failed` = 1", f"`failed` IS NULL AND {sql.failed()}"] if exists else [sql.failed()]
+
+
+def _returned(wanted: Wanted, has_failed: bool) -> list[_Condition]:
     """The job has a return as it is wanted."""
     conditions = [_matches("r.`id`", wanted.minion)] if wanted.minion is not None else []
     if wanted.failed:
-        conditions.append(_Condition("r.`success` = '0'", []))
+        conditions.append(_Condition(f"{failed_column('r.', has_failed)} = 1", []))
     if not conditions:
         return []
     where = _joined(_Condition("r.`jid` = j.`jid`", []), *conditions)
@@ -160,35 +173,35 @@ def _in_load(name: str) -> str:
 
 def counts(reader: Reader, jids: list[str]) -> dict[str, tuple[int, int]]:
     """How many minions answered each of some jobs, and how many of these failed."""
-    outcomes = _outcomes(reader)
-    if outcomes is None:
+    if _is_indexed(reader):
+        # In the order of the index, and from it alone: the rows themselves may be megabytes.
+        indexed = "FROM `salt_returns` FORCE INDEX (`failed`) WHERE"
         rows = reader.query(
-            "SELECT IF(`success` = '0', '0', '1') AS `outcome`, `jid`, COUNT(DISTINCT CAST(`id` AS BINARY)) "
-            "FROM `salt_returns` WHERE `jid` IN %s GROUP BY `outcome`, `jid`",
+            f"SELECT `failed`, `jid`, COUNT(*) {indexed} `failed` IN (0, 1) AND `jid` IN %s GROUP BY `failed`, `jid` "
+            f"UNION ALL SELECT {sql.failed()} AS `bad`, `jid`, COUNT(*) {indexed} `failed` IS NULL AND `jid` IN %s "
+            "GROUP BY `bad`, `jid`",
+            jids,
             jids,
         )
     else:
-        # In the order of the index, and from it alone: the rows themselves may be megabytes.
+        failed = failed_column("", "failed" in reader.columns("salt_returns"))
         rows = reader.query(
-            "SELECT `success`, `jid`, COUNT(*) FROM `salt_returns` FORCE INDEX (`success`) "
-            "WHERE `success` IN %s AND `jid` IN %s GROUP BY `success`, `jid`",
-            outcomes,
+            f"SELECT {failed} AS `bad`, `jid`, COUNT(DISTINCT CAST(`id` AS BINARY)) "
+            "FROM `salt_returns` WHERE `jid` IN %s GROUP BY `bad`, `jid`",
             jids,
         )
     found: dict[str, tuple[int, int]] = {}
-    for success, jid, count in rows:
-        answered, failed = found.get(jid, (0, 0))
-        found[jid] = answered + count, failed + (count if success == "0" else 0)
+    for failed, jid, count in rows:
+        answered, bad = found.get(jid, (0, 0))
+        found[jid] = answered + count, bad + (count if failed else 0)
     return found
 
 
-def _outcomes(reader: Reader) -> list[str] | None:
-    """What stands in ``success``, where an index leads from it to the jids; else ``None``."""
-    indexed = reader.query(
-        "SELECT 1 FROM information_schema.STATISTICS WHERE TABLE_SCHEMA = DATABASE() "
-        "AND TABLE_NAME = 'salt_returns' AND INDEX_NAME = 'success' AND SEQ_IN_INDEX = 2 AND COLUMN_NAME = 'jid'"
+def _is_indexed(reader: Reader) -> bool:
+    """Whether an index leads from ``failed`` to the jids, and a minion has one row of a job."""
+    found = reader.query(
+        "SELECT INDEX_NAME FROM information_schema.STATISTICS WHERE TABLE_SCHEMA = DATABASE() AND "
+        "TABLE_NAME = 'salt_returns' AND (INDEX_NAME, SEQ_IN_INDEX, COLUMN_NAME) IN "
+        "(('failed', 1, 'failed'), ('failed', 2, 'jid'), ('PRIMARY', 1, 'jid'), ('PRIMARY', 2, 'id'))"
     )
-    if not indexed:
-        return None
-    rows = reader.query("SELECT DISTINCT `success` FROM `salt_returns` LIMIT %s", _MOST_OUTCOMES + 1)
-    return [outcome for (outcome,) in rows] if 0 < len(rows) <= _MOST_OUTCOMES else None
+    return len(found) == 4

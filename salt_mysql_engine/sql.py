@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 
-from .records import Event, Return
+from .records import NO_FAULT, Event, Return
 
 INSERT_LOADS = b"INSERT INTO `jids` (`jid`, `load`) VALUES "
 INSERT_LOADS_WITH_COLUMNS = b"INSERT INTO `jids` (`jid`, `load`, `fun`, `user`, `tgt`) VALUES "
@@ -23,9 +23,8 @@ KEEP_LOADS = b" ON DUPLICATE KEY UPDATE `jid` = `jids`.`jid`"
 """What stands, stands; a better load is put in its place by :func:`update_load`."""
 
 INSERT_RETURNS = (
-    b"INSERT INTO `salt_returns` (`fun`, `jid`, `return`, `id`, `success`, `full_ret`, `alter_time`) VALUES "
+    b"INSERT INTO `salt_returns` (`fun`, `jid`, `return`, `id`, `success`, `full_ret`, `alter_time`, `failed`) VALUES "
 )
-INSERT_RETURNS_UNTIMED = INSERT_RETURNS.replace(b", `alter_time`", b"")
 KEEP_RETURNS = b" ON DUPLICATE KEY UPDATE `jid` = `salt_returns`.`jid`"
 """The first return of a (jid, minion) stands."""
 
@@ -69,23 +68,50 @@ def update_load(jid: str, load_json: str, columns: Iterable[str] | None = None) 
     return f"UPDATE `jids` SET `load` = {quote(load_json)}{more} WHERE `jid` = {quote(jid)}".encode()
 
 
-def return_row(ret: Return, *, timed: bool = True) -> bytes:
+def insert_returns(*, timed: bool, failed: bool) -> bytes:
+    """:data:`INSERT_RETURNS` for tables that lack ``alter_time`` or ``failed``."""
+    head = INSERT_RETURNS if timed else INSERT_RETURNS.replace(b", `alter_time`", b"")
+    return head if failed else head.replace(b", `failed`", b"")
+
+
+def return_row(ret: Return, *, timed: bool = True, failed: bool = True) -> bytes:
     """A row of ``salt_returns``; ``success`` is the text ``1`` or ``0``, as saltext.mysql's rows have it."""
     parts = [_quoted(ret.fun), _quoted(ret.jid), _quoted(ret.return_json), _quoted(ret.id)]
     parts += [b"'1'" if ret.success else b"'0'", _quoted(ret.full_ret_json)]
     if timed:
         parts.append(f"'{ret.altered}'".encode())
+    if failed:
+        parts.append(b"1" if ret.failed else b"0")
     return b"(" + b", ".join(parts) + b")"
 
 
-def update_return(ret: Return) -> bytes:
+def without_failed(row: bytes) -> bytes:
+    """A row of :func:`return_row` for a table that lacks ``failed``."""
+    return row[: -len(", 0)")] + b")"
+
+
+def failed(table: str = "") -> str:
+    """Whether a row of ``salt_returns`` failed, by its ``success`` and ``retcode``; ``table`` is its alias and a dot.
+
+    1 or 0, as :func:`records.is_bad` has it, of whatever another writer put there.
+    """
+    retcode = f"JSON_EXTRACT(IF(JSON_VALID({table}`full_ret`), {table}`full_ret`, '{{}}'), '$.retcode')"
+    text = f"JSON_UNQUOTE(COALESCE(JSON_EXTRACT({retcode}, '$.*'), {retcode}))"
+    for nothing in NO_FAULT:
+        text = f"REPLACE({text}, '{nothing}', '')"
+    return f"(COALESCE({table}`success`, '') = '0' OR COALESCE({text}, '') <> '')"
+
+
+def update_return(ret: Return, *, failed: bool = True) -> bytes:
     """Puts a whole return in the place of a trimmed one."""
+    more = f", `failed` = {ret.failed:d}" if failed else ""
     return b"".join(
         (
             b"UPDATE `salt_returns` SET `return` = ",
             _quoted(ret.return_json),
             b", `full_ret` = ",
             _quoted(ret.full_ret_json),
+            f", `success` = '{ret.success:d}'{more}".encode(),
             f" WHERE `jid` = {quote(ret.jid)} AND `id` = {quote(ret.id)}".encode(),
         )
     )
@@ -153,7 +179,7 @@ def select_loads(jids: Iterable[str]) -> bytes:
 
 def select_return_digests(keys: Iterable[tuple[str, str]]) -> Iterator[bytes]:
     """Statements that ask for a digest of what stands for some (jid, minion), and whether it holds a trimmed value."""
-    for where in _among(keys):
+    for where in among(keys):
         yield (
             f"SELECT `jid`, `id`, SHA1(`return`), `full_ret` LIKE '%, \"trimmed\": true}}' "
             f"FROM `salt_returns` WHERE {where}"
@@ -162,11 +188,11 @@ def select_return_digests(keys: Iterable[tuple[str, str]]) -> Iterator[bytes]:
 
 def select_returned(keys: Iterable[tuple[str, str]]) -> Iterator[bytes]:
     """Statements that ask which of some (jid, minion) have a row."""
-    for where in _among(keys):
+    for where in among(keys):
         yield f"SELECT `jid`, `id` FROM `salt_returns` WHERE {where}".encode()
 
 
-def _among(keys: Iterable[tuple[str, str]]) -> Iterator[str]:
+def among(keys: Iterable[tuple[str, str]]) -> Iterator[str]:
     """Conditions that together hold for some (jid, minion): each jid with the list of its minions.
 
     Not two lists: MySQL 8 gives up the index for lists whose product is over some 36,000

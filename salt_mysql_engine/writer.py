@@ -492,7 +492,7 @@ class Writer:
 
     def _say_if_old(self, session: Session, shape: schema.Shape) -> None:
         wanted = {"jids", "salt_returns", "salt_events"} if self.store_events else {"jids", "salt_returns"}
-        old = not (shape.unique >= wanted and shape.job_columns and shape.utf8mb4 and shape.bytewise)
+        old = not (shape.unique >= wanted and shape.job_columns and shape.failed and shape.utf8mb4 and shape.bytewise)
         if old and not self._said_old:
             log.warning(
                 "The tables at %s are of an older shape. They are written to as they are, slower than need be; "

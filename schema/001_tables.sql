@@ -20,6 +20,7 @@ CREATE TABLE IF NOT EXISTS `jids` (
 ) ENGINE = InnoDB ROW_FORMAT = DYNAMIC DEFAULT CHARACTER SET = utf8mb4;
 
 -- name: salt_returns
+-- failed is 1 where success is 0 or retcode is not, and NULL in rows of other writers until the engine fills it in.
 CREATE TABLE IF NOT EXISTS `salt_returns` (
     `fun` VARCHAR(255) NOT NULL,
     `jid` VARCHAR(255) CHARACTER SET utf8mb4 /*M!100202 COLLATE utf8mb4_nopad_bin */ /*!80017 COLLATE utf8mb4_0900_bin */ NOT NULL,
@@ -28,10 +29,11 @@ CREATE TABLE IF NOT EXISTS `salt_returns` (
     `success` VARCHAR(10) NOT NULL,
     `full_ret` LONGTEXT NOT NULL,
     `alter_time` TIMESTAMP(6) NOT NULL DEFAULT CURRENT_TIMESTAMP(6),
+    `failed` TINYINT NULL DEFAULT NULL,
     PRIMARY KEY (`jid`, `id`),
     KEY `id` (`id`),
     KEY `fun` (`fun`, `id`, `jid`),
-    KEY `success` (`success`, `jid`),
+    KEY `failed` (`failed`, `jid`),
     KEY `alter_time` (`alter_time`)
 ) ENGINE = InnoDB ROW_FORMAT = DYNAMIC DEFAULT CHARACTER SET = utf8mb4;
 

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import pytest
 
 from salt_mysql_engine import history, pool, schema
+from salt_mysql_engine.backfill import backfill
 from salt_mysql_engine.errors import EngineError, ServerUnavailable
+from salt_mysql_engine.steady import Steady
+from tests.integration.test_schema import database_of
 from tests.support.mariadb import MariaDB
 from tests.support.oldtables import MAKERS
 from tests.support.scratch import Scratch, scratch
-from tests.support.shipping import MASTER, Shipping, published, return_data, returned
+from tests.support.shipping import MASTER, Shipping, body, published, return_data, returned
 
 Make = Callable[..., Shipping]
 
@@ -78,7 +81,7 @@ def make_jobs(count: int = 150) -> list[Made]:
 
 
 def store(database: Scratch, jobs: list[Made], *, columns: bool = True) -> None:
-    """The rows, with `fun`, `user` and `tgt` of `jids` or without."""
+    """The rows, with the columns that other writers do not know or without. Half of what failed says `success`."""
     names = "`jid`, `load`, `fun`, `user`, `tgt`" if columns else "`jid`, `load`"
     loads: list[list[Any]] = []
     returns: list[list[Any]] = []
@@ -88,12 +91,16 @@ def store(database: Scratch, jobs: list[Made], *, columns: bool = True) -> None:
         own = [job.fun, job.user, job.target] if columns else []
         loads.append([job.jid, json.dumps(load, ensure_ascii=False), *own])
         for minion, failed in job.answers.items():
-            ret = return_data(job.jid, minion, "no" if failed else True, fun=job.fun, retcode=int(failed))
-            value = json.dumps(ret["return"])
-            returns.append([job.fun, job.jid, value, minion, str(int(not failed)), json.dumps(ret)])
+            success = not failed or len(returns) % 2 == 0
+            value = "no" if failed else True
+            ret = return_data(job.jid, minion, value, fun=job.fun, retcode=int(failed), success=success)
+            row = [job.fun, job.jid, json.dumps(value), minion, str(int(success)), json.dumps(ret)]
+            returns.append([*row, int(failed)] if columns else row)
     with database.server.connect(database=database.name) as connection, connection.cursor() as cursor:
         cursor.executemany(f"INSERT INTO jids ({names}) VALUES ({', '.join(['%s'] * len(loads[0]))})", loads)
-        cursor.executemany(f"INSERT INTO salt_returns ({OF_RETURN}) VALUES (%s, %s, %s, %s, %s, %s)", returns)
+        into = f"{OF_RETURN}, `failed`" if columns else OF_RETURN
+        marks = ", ".join(["%s"] * len(returns[0]))
+        cursor.executemany(f"INSERT INTO salt_returns ({into}) VALUES ({marks})", returns)
 
 
 def tables(database: Scratch) -> None:
@@ -336,8 +343,9 @@ def test_a_job_of_ten_thousand_minions_is_told_in_a_page(database: Scratch, tmp_
         at(1),
     )
     found = history.job(master(database, tmp_path), at(1))
-    assert (found["targeted"], found["answered"], found["failed"], found["missing"]) == (11_000, 10_000, 5000, 1000)
-    assert sum(found["retcodes_of_failed"].values()) == 5000
+    bad = sum(number % 2 == 1 or number % 3 != 0 for number in range(10_000))
+    assert (found["targeted"], found["answered"], found["failed"], found["missing"]) == (11_000, 10_000, bad, 1000)
+    assert sum(found["retcodes_of_failed"].values()) == bad
     assert len(found["failed_minions"]) == len(found["missing_minions"]) == len(found["answered_minions"]) == 100
     assert len(json.dumps(found)) < 40_000
 
@@ -367,6 +375,67 @@ def test_failures_are_the_newest_returns_that_failed(filled: Scratch, tmp_path: 
     assert {line["retcode"] for its in found.values() for line in its.values()} == {1}
     assert sum(map(len, history.failures(opts, since=at(50), limit=5).values())) == 5
     assert history.failures(opts, since="2026-03-30") == {}
+
+
+SCHEDULED = {"s1": {"result": True}, "s2": {"result": False, "comment": "No such file", "__id__": "/etc/app"}}
+OUTCOMES: list[tuple[dict[str, Any], bool]] = [
+    ({}, False),
+    ({"success": False}, True),
+    ({"success": False, "retcode": 2}, True),
+    ({"success": True, "retcode": 2}, True),  # a state that the minion's schedule ran
+    ({"retcode": -1}, True),
+    ({"retcode": True}, True),
+    ({"retcode": False}, False),
+    ({"retcode": None}, False),
+    ({"retcode": 0.0}, False),
+    ({"retcode": "0"}, False),
+    ({"retcode": "10"}, True),
+    ({"retcode": "null and void"}, True),
+    ({"retcode": {}}, False),
+    ({"retcode": []}, False),
+    ({"retcode": [0, 0]}, False),
+    ({"retcode": [0, 20]}, True),
+    ({"retcode": {"test.ping": 0, "test.arg": 0}}, False),
+    ({"retcode": {"test.ping": 0, "1": 30}}, True),
+    ({"retcode": {"a": [0, {"b": 0}]}}, True),
+]
+
+
+async def test_failed_is_what_says_no_success_or_a_retcode_that_is_not_0(
+    database: Scratch, shipping: Make, tmp_path: Path
+) -> None:
+    opts = master(database, tmp_path)
+    runner = {"jid": at(99), "fun": "runner.x.y", "user": "root", "fun_args": [], "return": {}, "success": True}
+    async with shipping() as ship:
+        await ship.ship(
+            *(returned(at(n), "web1", SCHEDULED, **said) for n, (said, _) in enumerate(OUTCOMES)),
+            body(f"salt/run/{at(99)}/ret", {**runner, "retcode": 1}),
+        )
+    bad = [at(n) for n, (_, failed) in enumerate(OUTCOMES) if failed] + [at(99)]
+
+    def check() -> None:
+        found = history.failures(opts, since=at(0))
+        assert list(found) == ask(opts, failed=True) == ask(opts, failed=True, fun="*.*") == bad[::-1]
+        assert {line["reason"] for its in found.values() for line in its.values()} == {
+            "1 of 2 states failed: /etc/app: No such file", "{}"
+        }  # fmt: skip
+        for jid, line in history.jobs(opts).items():
+            assert line["failed"] == history.job(opts, jid)["failed"] == (jid in bad)
+        shown = history.minion(opts, "web1", limit=100)
+        assert [jid for jid, line in shown.items() if not line["success"]] == bad[-2::-1]
+
+    check()
+    stored = database.sql("SELECT jid, failed FROM salt_returns ORDER BY jid")
+    assert [jid for jid, failed in stored if failed] == bad
+    database.sql("UPDATE salt_returns SET failed = NULL WHERE jid > %s", at(3))  # as other writers leave it
+    check()
+    async with Steady(database_of(database), "test", patience=10) as steady:
+        shape = schema.shape_of(await steady.transaction(schema.look))
+        while await steady.transaction(lambda session: backfill(session, shape, limit=7)):
+            pass
+    assert database.sql("SELECT jid, failed FROM salt_returns ORDER BY jid") == stored
+    database.sql("ALTER TABLE salt_returns DROP COLUMN failed")
+    check()
 
 
 def test_values_too_large_and_texts_that_are_no_json_fail_for_a_reason_too(database: Scratch, tmp_path: Path) -> None:

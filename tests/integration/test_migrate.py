@@ -240,7 +240,7 @@ def test_columns_and_keys_of_others_stay_where_they_are(database: Scratch, opts:
     database.sql(
         "ALTER TABLE salt_returns ADD pk BIGINT NOT NULL AUTO_INCREMENT PRIMARY KEY FIRST, "
         "ADD team VARCHAR(30) CHARACTER SET latin1 NOT NULL DEFAULT 'ops' AFTER fun, "
-        "ADD twice INT GENERATED ALWAYS AS (CHAR_LENGTH(id) * 2) STORED, ADD KEY success (team), "
+        "ADD twice INT GENERATED ALWAYS AS (CHAR_LENGTH(id) * 2) STORED, ADD KEY failed (team), "
         "ADD KEY mine (team, id(9))"
     )
     values = fill(database, 5)
@@ -250,16 +250,43 @@ def test_columns_and_keys_of_others_stay_where_they_are(database: Scratch, opts:
     assert database.sql("SELECT pk, team, twice, id, jid FROM salt_returns ORDER BY pk") == before
     assert returns(database) == values
     names = [row[0] for row in database.sql("SHOW COLUMNS FROM salt_returns")]
-    assert names == ["pk", "fun", "team", "jid", "return", "id", "success", "full_ret", "alter_time", "twice"]
+    assert names == ["pk", "fun", "team", "jid", "return", "id", "success", "full_ret", "alter_time", "twice", "failed"]
     keys: dict[str, list[str]] = {}
     for row in database.sql("SHOW KEYS FROM salt_returns"):
         keys.setdefault(row[2], []).append(row[4])
     assert keys["PRIMARY"] == ["pk"]
     assert keys["jid_id"] == ["jid", "id"]
-    assert (keys["success"], keys["mysql_jobcache_success"]) == (["team"], ["success", "jid"])
+    assert (keys["failed"], keys["mysql_jobcache_failed"]) == (["team"], ["failed", "jid"])
     assert keys["mine"] == ["team", "id"]
     assert keys["fun"] == ["fun", "id", "jid"]
     assert "jid" not in keys
+
+
+def test_tables_of_version_2_get_the_column_that_says_what_failed_and_an_archive_too(
+    database: Scratch, opts: Opts
+) -> None:
+    for ddl in schema.statements().values():
+        database.sql(ddl)
+    database.sql("ALTER TABLE salt_returns DROP COLUMN failed, ADD KEY success (success, jid)")
+    database.sql("INSERT INTO mysql_jobcache_schema (version) VALUES (1), (2)")
+    database.sql("CREATE TABLE salt_returns_archive LIKE salt_returns")
+    said = [("1", 0), ("0", 0), ("1", 2)]
+    for table in ("salt_returns", "salt_returns_archive"):
+        for number, (success, retcode) in enumerate(said):
+            database.sql(
+                f"INSERT INTO {table} (fun, jid, `return`, id, success, full_ret) VALUES ('f', %s, '1', 'm', %s, %s)",
+                jid(number), success, json.dumps({"return": 1, "retcode": retcode}),
+            )  # fmt: skip
+    assert migrate(opts)["version"] == schema.newest()
+    for table in ("salt_returns", "salt_returns_archive"):
+        assert database.sql(f"SELECT failed FROM {table} ORDER BY jid") == [(0,), (1,), (1,)]
+        keys = {row[2] for row in database.sql(f"SHOW KEYS FROM {table}")}
+        assert "failed" in keys and "success" not in keys
+    database.sql(
+        "INSERT INTO salt_returns (fun, jid, `return`, id, success, full_ret) VALUES ('f', 'x', '1', 'm', 0, '')"
+    )
+    database.sql("INSERT INTO salt_returns_archive SELECT * FROM salt_returns WHERE jid = 'x'")  # as saltext.mysql does
+    assert upkeep.schema(opts)["missing"] == []
 
 
 def test_archives_come_along_in_the_order_of_columns_that_saltext_copies_in(database: Scratch, opts: Opts) -> None:

@@ -39,7 +39,7 @@ async def session(database: Scratch) -> AsyncIterator[Session]:
 async def test_an_empty_database_gets_our_tables_and_their_version(database: Scratch, session: Session) -> None:
     created, shape = await schema.ensure(session, create=True, events=True)
     assert created == ["jids", "salt_returns", "salt_events"]
-    assert shape == schema.Shape(frozenset(schema.TABLES), True, True, True, 255, True, True)
+    assert shape == schema.Shape(frozenset(schema.TABLES), True, True, True, 255, True, True, True)
     assert database.sql("SELECT MAX(version) FROM mysql_jobcache_schema") == [(NEWEST,)]
     assert await schema.ensure(session, create=True, events=True) == ([], shape)
 
@@ -66,13 +66,13 @@ async def test_saltexts_tables_can_be_written_to_and_their_shape_says_how(databa
     make_saltext(database)
     created, shape = await schema.ensure(session, create=True, events=True)
     assert created == []
-    assert shape == schema.Shape(frozenset({"jids"}), False, False, False, 50, True, False)
+    assert shape == schema.Shape(frozenset({"jids"}), False, False, False, 50, True, False, False)
 
 
 async def test_tables_of_2014_can_be_written_to_and_their_shape_says_how(database: Scratch, session: Session) -> None:
     make_2014(database)
     _, shape = await schema.ensure(session, create=True, events=True)
-    assert shape == schema.Shape(frozenset(), False, False, False, 50, False, False)
+    assert shape == schema.Shape(frozenset(), False, False, False, 50, False, False, False)
 
 
 async def test_a_key_on_a_part_of_a_column_or_on_more_columns_is_no_key_of_ours(
@@ -116,12 +116,12 @@ def test_each_kind_of_database_is_told_from_the_others(database: Scratch, tmp_pa
         [],
         "nothing to do",
     )
-    database.sql("ALTER TABLE salt_returns DROP KEY success, MODIFY `return` MEDIUMTEXT NOT NULL")
+    database.sql("ALTER TABLE salt_returns DROP KEY failed, MODIFY `return` MEDIUMTEXT NOT NULL")
     said = upkeep.schema(opts)
     assert said["kind"] == "ours"
     assert [line.split(" of ")[0] for line in said["missing"]] == [
         "salt_returns: return is mediumtext",
-        "salt_returns: no key on (success, jid)",
+        "salt_returns: no key on (failed, jid)",
     ]
 
 

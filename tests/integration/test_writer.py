@@ -56,6 +56,7 @@ async def test_a_return_becomes_one_complete_row(database: Scratch, shipping: Ma
         "id": "web1",
         "success": "1",
         "alter_time": datetime.datetime.fromisoformat(STAMP),
+        "failed": 0,
     }
     assert full_ret["return"] == {"a": [1, "ü"]}
     assert (full_ret["fun_args"], full_ret["success"], full_ret["retcode"]) == (["x"], True, 0)

@@ -45,13 +45,26 @@ def test_a_value_in_the_place_of_an_identifier_cannot_be() -> None:
         assert not set(b"'\"\\%") & set(head)
 
 
-@given(texts, texts, texts, texts, texts, st.booleans())
+@given(texts, texts, texts, texts, texts, st.booleans(), st.booleans())
 def test_a_return_row_holds_its_values_in_the_order_of_its_columns(
-    jid: str, minion: str, fun: str, value: str, full: str, success: bool
+    jid: str, minion: str, fun: str, value: str, full: str, success: bool, failed: bool
 ) -> None:
     altered = "2026-01-02 03:04:05.000006"
-    row = sql.return_row(Return(jid, minion, fun, value, full, success, altered, {}))
-    assert literals(row) == ([fun, jid, value, minion, "01"[success], full, altered], "(?, ?, ?, ?, ?, ?, ?)")
+    ret = Return(jid, minion, fun, value, full, success, altered, {}, failed=failed)
+    row = sql.return_row(ret)
+    held = [fun, jid, value, minion, "01"[success], full, altered]
+    assert literals(row) == (held, f"(?, ?, ?, ?, ?, ?, ?, {failed:d})")
+    assert sql.without_failed(row) == sql.return_row(ret, failed=False)
+    assert literals(sql.without_failed(row)) == (held, "(?, ?, ?, ?, ?, ?, ?)")
+    assert literals(sql.return_row(ret, timed=False, failed=False)) == (held[:-1], "(?, ?, ?, ?, ?, ?)")
+
+
+@pytest.mark.parametrize("timed", [True, False])
+@pytest.mark.parametrize("failed", [True, False])
+def test_a_statement_names_just_the_columns_that_a_table_has(timed: bool, failed: bool) -> None:
+    head = sql.insert_returns(timed=timed, failed=failed)
+    assert (b"alter_time" in head, b"failed" in head) == (timed, failed)
+    assert re.fullmatch(rb"INSERT INTO `salt_returns` \((`\w+`, )+`\w+`\) VALUES ", head)
 
 
 @given(texts, texts, texts, st.binary(min_size=16, max_size=16))
@@ -120,10 +133,13 @@ def test_no_statement_asks_for_too_much(jobs: int, minions: int, statements: int
 
 @given(texts, texts, texts, texts)
 def test_a_whole_return_takes_the_place_of_just_its_own_row(jid: str, minion: str, value: str, full: str) -> None:
-    statement = sql.update_return(Return(jid, minion, "f", value, full, True, "2026-01-02 03:04:05", {}))
-    asked, rest = literals(statement)
-    assert asked == [value, full, jid, minion]
-    assert rest == "UPDATE `salt_returns` SET `return` = ?, `full_ret` = ? WHERE `jid` = ? AND `id` = ?"
+    ret = Return(jid, minion, "f", value, full, True, "2026-01-02 03:04:05", {}, failed=True)
+    for failed, more in ((True, ", `failed` = 1"), (False, "")):
+        asked, rest = literals(sql.update_return(ret, failed=failed))
+        assert asked == [value, full, "1", jid, minion]
+        assert rest == (
+            f"UPDATE `salt_returns` SET `return` = ?, `full_ret` = ?, `success` = ?{more} WHERE `jid` = ? AND `id` = ?"
+        )
 
 
 rows_and_limit = st.tuples(

@@ -1,0 +1,9 @@
+-- salt_returns.failed says what the runner's verbs look for: success is 0, or retcode is not. Its key takes the place of the one
+-- on success.
+--
+-- No statement stands here: mysql_jobcache.migrate copies tables whose columns are not as 001 has them, while the engine goes
+-- on writing. By hand, salt_returns_archive alike (the engine fills the column in):
+--
+--   ALTER TABLE `salt_returns` ADD COLUMN `failed` TINYINT NULL DEFAULT NULL, DROP KEY `success`,
+--       ADD KEY `failed` (`failed`, `jid`);
+--   INSERT INTO `mysql_jobcache_schema` (`version`) VALUES (3);
