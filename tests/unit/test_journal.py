@@ -425,7 +425,7 @@ class JournalAgainstADict(RuleBasedStateMachine):
         seq = None if every else seqs[0] if seqs else self.highest + 7
         assert self.journal.retry_dead_letters(seq, trusted=trusted) == len(seqs)
         again = [self.dead.pop(seq)[0] for seq in seqs]
-        self.came([event._replace(state=CONFIRMED) if trusted else event for event in again])
+        self.came([event._replace(state=CONFIRMED) if trusted and event.state != STUB else event for event in again])
 
     @rule(which=st.integers(0, 5), every=st.booleans())
     def delete(self, which: int, every: bool) -> None:
