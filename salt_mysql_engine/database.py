@@ -1,7 +1,6 @@
 """The only module that knows aiomysql: connecting, session settings, timeouts, and what errors mean.
 
-A :class:`Session` is one logged-in connection whose settings are known: utf8mb4, UTC, strict mode with
-backslash escapes, READ COMMITTED, no autocommit, no multi-statements. Every failure comes out as a
+A :class:`Session` is one logged-in connection whose settings are known (``sessions.py``). Every failure comes out as a
 :class:`~salt_mysql_engine.errors.DatabaseError` with a verdict. A session that failed in any way but a
 refused row is closed; the next one starts from nothing.
 """
@@ -19,8 +18,19 @@ import aiomysql
 import pymysql
 from pymysql.constants import CLIENT, CR, ER, SERVER_STATUS
 
-from . import tls
-from .errors import AnswerTimeout, DatabaseError, OperatorNeeded, RowsRejected, ServerUnavailable, SettingsError
+from . import sessions, tls
+from .errors import (
+    AnswerTimeout,
+    ConnectionLost,
+    DatabaseError,
+    OperatorNeeded,
+    RowsRejected,
+    ServerUnavailable,
+    SettingsError,
+    TooManySessions,
+    TooMuch,
+    TransactionAborted,
+)
 from .settings import Connection
 
 log = logging.getLogger(__name__)
@@ -40,6 +50,7 @@ _ROW_ERRORS = frozenset(
         ER.NET_PACKET_TOO_LARGE,  # 1153
         ER.TOO_BIG_ROWSIZE,  # 1118
         ER.NO_REFERENCED_ROW_2,  # 1452
+        1644,  # ER_SIGNAL_EXCEPTION: a trigger of the user's refuses the row
         3140,  # ER_INVALID_JSON_TEXT (MySQL)
         3819,  # ER_CHECK_CONSTRAINT_VIOLATED (MySQL)
         3988,  # ER_CANNOT_CONVERT_STRING (MySQL)
@@ -49,6 +60,7 @@ _ROW_ERRORS = frozenset(
 """The server is well and some row is not. Names: MySQL 8.0 and MariaDB 10.11 error references."""
 
 _GRANT = "grant the user SELECT, INSERT, UPDATE (and CREATE with schema: create) on the database"
+_OUR_TABLES = frozenset({"jids", "salt_returns", "salt_events", "mysql_jobcache_schema"})
 _REMEDIES = {
     ER.ACCESS_DENIED_ERROR: "check mysql.user and mysql.pass in the master config, and whether the account "
     "is for this address, or demands TLS",
@@ -58,6 +70,14 @@ _REMEDIES = {
     ER.COLUMNACCESS_DENIED_ERROR: "grant the user SELECT, INSERT, UPDATE on the tables",
     ER.SPECIFIC_ACCESS_DENIED_ERROR: "grant the user the privilege named",
     ER.NO_SUCH_TABLE: "use schema: create, or create the tables from the package's schema folder",
+    1184: "the server's init_connect fails for the user; correct it there",  # ER_NEW_ABORTING_CONNECTION
+    1356: "drop the view, or make what it names",  # ER_VIEW_INVALID
+    1449: "a trigger or a view was defined by a user that is gone; drop it, or make it again",  # ER_NO_SUCH_USER
+    # ER_INDEX_COLUMN_TOO_LONG, ER_TOO_LONG_KEY
+    1709: "keys of 3,072 bytes need InnoDB's row format DYNAMIC and pages of 16 KiB: innodb_large_prefix and "
+    "innodb_file_format=Barracuda on servers that still have them",
+    1071: "keys of 3,072 bytes need InnoDB with pages of 16 KiB (innodb_page_size)",
+    3159: "the server takes encrypted connections alone; set mysql.ssl_ca",  # ER_SECURE_TRANSPORT_REQUIRED
     ER.BAD_FIELD_ERROR: "the table is not of the documented shape; compare it with the package's schema folder",
     ER.NO_DEFAULT_FOR_FIELD: "give the added column a default, so that rows without it can be inserted",
     ER.HOST_NOT_PRIVILEGED: "allow the master's address for the user in the database server",
@@ -72,46 +92,68 @@ _REMEDIES = {
 }
 """A person must act; what to do, by error number."""
 
+_LIMITS = {
+    1197: "raise max_binlog_cache_size",  # ER_TRANS_CACHE_FULL
+    1206: "raise innodb_buffer_pool_size",  # ER_LOCK_TABLE_FULL
+    1969: "raise max_statement_time for the user",  # ER_STATEMENT_TIMEOUT (MariaDB)
+    3024: "raise max_execution_time",  # ER_QUERY_TIMEOUT (MySQL)
+}
+"""The server is well, and what was sent is over a limit of its; what to do when a single row is."""
+
+_ABORTED = frozenset(
+    {
+        ER.LOCK_WAIT_TIMEOUT,  # 1205
+        ER.LOCK_DEADLOCK,  # 1213
+        ER.QUERY_INTERRUPTED,  # 1317
+        3101,  # ER_TRANSACTION_ROLLBACK_DURING_COMMIT (Group Replication)
+    }
+)
+_LOST = frozenset(
+    {
+        CR.CR_SERVER_GONE_ERROR,  # 2006
+        CR.CR_SERVER_LOST,  # 2013
+        1927,  # ER_CONNECTION_KILLED (MariaDB)
+        4031,  # ER_CLIENT_INTERACTION_TIMEOUT (MySQL)
+    }
+)
+_TOO_MANY_SESSIONS = frozenset({ER.TOO_MANY_USER_CONNECTIONS, ER.USER_LIMIT_REACHED})  # 1203, 1226
+
+_MISSING_TABLE = re.compile(r"[Tt]able '([^']+)' doesn't exist")
+
 _DENIED = re.compile(r"([A-Z][A-Z, ]*) command denied")
 """How a server names the privilege that is missing."""
 
 _BUSY = frozenset(
     {
         ER.CON_COUNT_ERROR,  # 1040
-        ER.LOCK_WAIT_TIMEOUT,  # 1205
-        ER.LOCK_DEADLOCK,  # 1213
         ER.SERVER_SHUTDOWN,  # 1053
         ER.UNKNOWN_COM_ERROR,  # 1047: a Galera node that is not ready (WSREP)
         ER.OPTION_PREVENTS_STATEMENT,  # 1290: --read-only
-        ER.TOO_MANY_USER_CONNECTIONS,  # 1203
-        ER.QUERY_INTERRUPTED,  # 1317
         ER.DISK_FULL,  # 1021
         ER.RECORD_FILE_FULL,  # 1114
         ER.ERROR_DURING_COMMIT,  # 1180
-        ER.USER_LIMIT_REACHED,  # 1226
         1792,  # ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION
         1836,  # ER_READ_ONLY_MODE
-        1927,  # ER_CONNECTION_KILLED (MariaDB)
-        1969,  # ER_STATEMENT_TIMEOUT (MariaDB)
-        3024,  # ER_QUERY_TIMEOUT (MySQL)
-        3101,  # ER_TRANSACTION_ROLLBACK_DURING_COMMIT (Group Replication)
-        4031,  # ER_CLIENT_INTERACTION_TIMEOUT (MySQL)
     }
 )
 """The server will take the batch another time."""
 
-_SESSION_SETTINGS = (
-    # Strict: a value that does not fit is an error, never silently cut. No NO_BACKSLASH_ESCAPES: see sql.py.
-    # MySQL 8 warns about strict mode without the three between (ER_SQL_MODE_MERGED, 3135).
-    "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_IN_DATE,NO_ZERO_DATE,ERROR_FOR_DIVISION_BY_ZERO,"
-    "NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'",
-    # Next-key locks of the default level make several masters' upserts deadlock.
-    "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
-)
+_DUPLICATES = re.compile(rb"Duplicates: (\d+)")
+_CHANGED = 2
+"""What a row that stands and was changed counts among the affected ones."""
 
 
 class _Cursor(aiomysql.Cursor):  # type: ignore[misc] # aiomysql is untyped
-    """aiomysql's cursor, that does not ask for warnings: nobody reads them, and each asking is a round trip."""
+    """aiomysql's cursor, that does not ask for warnings: nobody reads them, and each asking is a round trip.
+
+    ``message``: what the server said of the last statement in words.
+    """
+
+    message: bytes | None = None
+
+    async def _do_get_result(self) -> None:
+        await super()._do_get_result()
+        self.message = self._result.message
 
     async def _show_warnings(self, conn: Any) -> None:
         pass
@@ -147,7 +189,10 @@ class Session:
         self.max_packet = 0
         self.tls_cipher = ""
         self.statement_timeout = statement_timeout
+        self.worked = False
+        """Whether a transaction was committed on it."""
         self._connection = connection
+        self._database = ""
         self._used_at = 0.0
 
     @property
@@ -170,6 +215,22 @@ class Session:
         self._check_size(statement)
         return int(await self._timed(self._run(statement)))
 
+    async def insert(self, statement: bytes | str) -> int:
+        """Runs an ``INSERT ... ON DUPLICATE KEY UPDATE`` that changes nothing; gives the number of rows that are new.
+
+        A trigger of the user's may change a row that stands, which then counts twice among the affected ones; how many
+        are such the server says in words, for more than one row.
+        """
+        self._check_size(statement)
+        return int(await self._timed(self._run_insert(statement)))
+
+    async def database(self) -> str:
+        """The database's name."""
+        if not self._database:
+            ((name,),) = await self.query("SELECT DATABASE()")
+            self._database = str(name)
+        return self._database
+
     async def query(self, statement: bytes | str) -> list[tuple[Any, ...]]:
         """Runs a statement that returns rows. Raises as :meth:`execute` does."""
         self._check_size(statement)
@@ -191,6 +252,7 @@ class Session:
     async def commit(self) -> None:
         """Makes the transaction's changes last. After an error they may last or not."""
         await self._timed(self._connection.commit())
+        self.worked = True
 
     async def rollback(self) -> None:
         """Takes the transaction's changes back."""
@@ -213,6 +275,14 @@ class Session:
     async def _run(self, statement: bytes | str) -> int:
         async with self._connection.cursor() as cursor:
             return int(await cursor.execute(statement))
+
+    async def _run_insert(self, statement: bytes | str) -> int:
+        async with self._connection.cursor() as cursor:
+            affected = int(await cursor.execute(statement))
+            told = _DUPLICATES.search(cursor.message or b"")
+        if told is None:  # a single row: 1 is new, 0 stands, 2 stands and was changed
+            return affected if affected != _CHANGED else 0
+        return affected - _CHANGED * int(told[1])
 
     async def _fetch(self, statement: bytes | str) -> Any:
         async with self._connection.cursor() as cursor:
@@ -336,18 +406,21 @@ class Database:
             connection.close()
             raise translate(exc, name) from exc
         session = Session(connection, name, self.statement_timeout)
-        for statement in _SESSION_SETTINGS:
+        for statement in sessions.statements(autocommit=False):
             await session.execute(statement)
         # The server gives up a lock first (1205), so that no statement of ours outlives its connection there.
         patience = max(1, int(self.statement_timeout) - 1)
         await session.execute(
             f"SET SESSION innodb_lock_wait_timeout = {patience}, SESSION lock_wait_timeout = {patience}"
         )
-        ((session.server_version, comment, packet),) = await session.query(
-            "SELECT VERSION(), @@version_comment, @@max_allowed_packet"
-        )
-        session.server_version += f" ({comment})"
-        session.max_packet = int(packet)
+        answer = await session.query(sessions.QUESTION)
+        try:
+            about = sessions.check(answer, name, autocommit=False)
+        except OperatorNeeded:
+            session.close()
+            raise
+        session.server_version = f"{about['version']} ({about['version_comment']})"
+        session.max_packet = int(about["max_allowed_packet"])
         if context is not None:
             ((_, session.tls_cipher),) = await session.query("SHOW SESSION STATUS LIKE 'Ssl_cipher'")
         session.check_escapes()
@@ -374,14 +447,29 @@ def translate(exc: Exception, host: str) -> DatabaseError:
         return OperatorNeeded(
             f"{message}; GRANT {denied[1].strip()} on the database to the user (docs/operations.md has what is needed)"
         )
+    if number == ER.NO_SUCH_TABLE and (missing := _MISSING_TABLE.search(text)):
+        name = missing[1].rsplit(".", 1)[-1]
+        if name.removesuffix("_archive") not in _OUR_TABLES:
+            return OperatorNeeded(
+                f"{message}; {name} is no table of Salt's: a trigger or a view on these tables names it. "
+                f"Drop that, or make {name}"
+            )
     if number in _REMEDIES:
         return OperatorNeeded(f"{message}; {_REMEDIES[number]}")
+    if number in _LIMITS:
+        return TooMuch(f"{message}; where a single row is too much, {_LIMITS[number]}")
+    if number in _ABORTED:
+        return TransactionAborted(message)
+    if number in _TOO_MANY_SESSIONS:
+        return TooManySessions(f"{message}; let the user have more connections (MAX_USER_CONNECTIONS)")
+    if number in _LOST:
+        return ConnectionLost(f"{message}{_because(exc)}")
     if number in _BUSY or CR.CR_ERROR_FIRST <= number <= CR.CR_ERROR_LAST:
         return ServerUnavailable(f"{message}{_because(exc)}")
     if isinstance(exc, RuntimeError) and "cryptography" in text:
         return OperatorNeeded(message)
     if not number:  # not the server's word: a broken connection, or one that talks nonsense
-        return ServerUnavailable(f"{message}{_because(exc)}")
+        return ConnectionLost(f"{message}{_because(exc)}")
     # Unknown: not the rows' fault as far as we can tell, so nothing is given up.
     return OperatorNeeded(f"{message}; look this number up in the server's error reference")
 

@@ -17,6 +17,10 @@ class Verdict(enum.Enum):
     OPERATOR = "operator"
     """A person must act (password, privilege, missing table): keep everything, say so, try slowly."""
 
+    TOO_MUCH = "too much"
+    """The server is healthy, and the batch is over a limit on a statement or transaction: halve it. No row is at fault,
+    so that nothing becomes a dead letter: a row that is too much by itself waits for a person."""
+
     SPLIT = "split"
     """The server is healthy and refused some row: halve the batch until that row stands alone."""
 
@@ -58,10 +62,28 @@ class AnswerTimeout(ServerUnavailable):
     """The database server did not answer in time."""
 
 
+class ConnectionLost(ServerUnavailable):
+    """The connection to the database server ended."""
+
+
+class TransactionAborted(ServerUnavailable):
+    """The database server, which is well, gave this transaction up."""
+
+
+class TooManySessions(ServerUnavailable):
+    """The database user has as many connections as it may."""
+
+
 class OperatorNeeded(DatabaseError):
     """The database server refuses us until someone changes something."""
 
     verdict = Verdict.OPERATOR
+
+
+class TooMuch(OperatorNeeded):
+    """The batch is over a limit of the database server's."""
+
+    verdict = Verdict.TOO_MUCH
 
 
 class RowsRejected(DatabaseError):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pymysql
 from pymysql.constants import CLIENT
 
-from . import settings, tls
+from . import sessions, settings, tls
 from .errors import DatabaseError, ServerUnavailable, SettingsError
 
 _READ_SECONDS = 30.0
@@ -25,11 +25,7 @@ _PING_AFTER_SECONDS = 1.0
 _PAUSE_SECONDS = 30.0
 """How long a server that did not answer is left alone."""
 
-_SESSION_SETTINGS = (
-    "SET SESSION sql_mode = 'NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00', "
-    f"SESSION group_concat_max_len = {4 << 20}",
-    "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
-)
+_MORE_SETTINGS = f"SET SESSION group_concat_max_len = {4 << 20}"
 
 Row = tuple[Any, ...]
 
@@ -173,10 +169,16 @@ class Pool:
             try:
                 connection.connect()
                 with connection.cursor() as cursor:
-                    for statement in _SESSION_SETTINGS:
+                    for statement in (*sessions.statements(autocommit=True), _MORE_SETTINGS):
                         cursor.execute(statement)
+                    cursor.execute(sessions.QUESTION)
+                    sessions.check(cursor.fetchall(), self._name(connection), autocommit=True)
             except SettingsError:
                 raise
+            except DatabaseError as exc:
+                connection.close()
+                problems.append(exc)
+                continue
             except Exception as exc:  # noqa: BLE001 (a server that speaks something else makes the driver raise anything)
                 problems.append(self._translated(exc, connection))
                 continue
@@ -189,7 +191,10 @@ class Pool:
     def _translated(self, exc: Exception, connection: _Connection) -> DatabaseError:
         from .database import translate  # knows all the numbers, and is needed when something is wrong alone
 
-        return translate(exc, self._to.unix_socket or f"{connection.host}:{self._to.port}")
+        return translate(exc, self._name(connection))
+
+    def _name(self, connection: _Connection) -> str:
+        return self._to.unix_socket or f"{connection.host}:{self._to.port}"
 
 
 _pools: dict[tuple[int, settings.Connection, float], Pool] = {}

@@ -10,7 +10,6 @@ them, and functions are cut to their column.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -26,6 +25,8 @@ from .schema import Shape
 log = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 10
+_PAGE_CHARACTERS = 1 << 20
+"""Characters of values that stand, which are looked at in one go."""
 
 
 class Written(NamedTuple):
@@ -76,7 +77,7 @@ class Rows:
             ServerUnavailable: another engine is writing to these tables, which have no unique keys.
         """
         if self._needs_lock:
-            ((mine,),) = await self._session.query(sql.get_lock("write", _LOCK_SECONDS))
+            ((mine,),) = await self._session.query(sql.get_lock("write", await self._session.database(), _LOCK_SECONDS))
             if not mine:
                 raise ServerUnavailable(
                     f"{self._session.host}: another engine writes to the tables, which need migrate"
@@ -85,7 +86,7 @@ class Rows:
     async def end(self) -> None:
         """After the COMMIT, or the ROLLBACK."""
         if self._needs_lock and self._session.usable:
-            await self._session.query(sql.release_lock("write"))
+            await self._session.query(sql.release_lock("write", await self._session.database()))
 
     async def write(self, items: list[Item]) -> Written:
         """Everything between BEGIN (implied by the first statement) and COMMIT."""
@@ -256,31 +257,36 @@ class Rows:
         return bool(await self._session.query(sql.select_event(event, self._master_id)))
 
     async def _insert(self, head: bytes, rows: Iterable[bytes], tail: bytes) -> int:
-        affected = 0
+        """Inserts rows; gives the number of those that were not there."""
+        new = 0
         for statement, _ in sql.statements(head, rows, tail, max_bytes=self._session.max_packet):
-            affected += await self._session.execute(statement)
-        return affected
+            new += await self._session.insert(statement)
+        return new
 
     async def _compare(self, returns: list[Return]) -> tuple[int, int]:
         """Returns beside what stands for their jid and minion: how many whole ones took a trimmed one's place, and
         how many others differ."""
-        keys = sorted({(ret.jid, ret.id) for ret in returns})
-        stands: dict[tuple[str, str], tuple[str, bool]] = {}
-        for statement in sql.select_return_digests(keys):
+        returns = [self._fitted(ret) for ret in returns]
+        stands: dict[tuple[str, str], tuple[int, bool]] = {}
+        for statement in sql.select_return_lengths(sorted({(ret.jid, ret.id) for ret in returns})):
             found = await self._session.query(statement)
-            stands.update(((jid, id_), (digest, bool(trimmed))) for jid, id_, digest, trimmed in reversed(found))
-        mended: set[tuple[str, str]] = set()
-        differing: list[Return] = []
-        for ret in map(self._fitted, returns):
-            key = ret.jid, ret.id
-            if key not in stands:
+            stands.update(
+                ((jid, id_), (int(length or 0), bool(is_cut))) for jid, id_, length, is_cut in reversed(found)
+            )
+        for ret in returns:
+            if (ret.jid, ret.id) not in stands:
                 raise RowsRejected(
                     f"{self._session.host}: the return of {ret.id!r} for jid {ret.jid} is kept out by another row, "
                     "through a unique key that is not (jid, id) or a collation that takes both ids for one"
                 )
-            digest, trimmed = stands[key]
-            if digest == _digest(ret):
+        same = await self._same([ret for ret in returns if stands[ret.jid, ret.id][0] == len(ret.return_json)])
+        mended: set[tuple[str, str]] = set()
+        differing: list[Return] = []
+        for ret in returns:
+            key = ret.jid, ret.id
+            if (*key, ret.return_json) in same:
                 continue
+            _, trimmed = stands[key]
             if trimmed and not ret.trimmed and key not in mended:
                 await self._session.execute(sql.update_return(ret, failed=self._shape.failed))
                 mended.add(key)
@@ -295,9 +301,23 @@ class Rows:
             )
         return len(mended), len(differing)
 
-
-def _digest(ret: Return) -> str:
-    return hashlib.sha1(ret.return_json.encode(), usedforsecurity=False).hexdigest()
+    async def _same(self, returns: list[Return]) -> set[tuple[str, str, str]]:
+        """Those whose value is the one that stands: jid, minion, value. Only values of the same length are fetched, no
+        more at a time than a batch may hold."""
+        same: set[tuple[str, str, str]] = set()
+        page: dict[tuple[str, str], list[str]] = {}
+        size = 0
+        for number, ret in enumerate(returns, 1):
+            page.setdefault((ret.jid, ret.id), []).append(ret.return_json)
+            size += len(ret.return_json)
+            if size < _PAGE_CHARACTERS and number < len(returns):
+                continue
+            for statement in sql.select_values(sorted(page)):
+                for jid, id_, value in await self._session.query(statement):
+                    text = value if isinstance(value, str) else bytes(value or b"").decode(errors="replace")
+                    same.update((jid, id_, each) for each in page.get((jid, id_), ()) if each == text)
+            page, size = {}, 0
+        return same
 
 
 def _parsed(text: Any) -> Any:

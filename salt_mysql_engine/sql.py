@@ -126,26 +126,29 @@ def event_row(event: Event, master_id: str, event_key: bytes | None) -> bytes:
 
 def select_event(event: Event, master_id: str) -> bytes:
     """Whether a table without ``event_key`` holds an event. Its ``alter_time`` may be cut or rounded to a second."""
-    digest = hashlib.sha1(event.data_json.encode(), usedforsecurity=False).hexdigest()
+    # Once more by length: a collation that pads would take a text with a space behind it for the same.
     return (
         f"SELECT 1 FROM `salt_events` WHERE `tag` = {quote(event.tag)} AND `master_id` = {quote(master_id)} "
-        f"AND ABS(TIMESTAMPDIFF(SECOND, `alter_time`, '{event.altered}')) <= 1 AND SHA1(`data`) = '{digest}' LIMIT 1"
+        f"AND ABS(TIMESTAMPDIFF(SECOND, `alter_time`, '{event.altered}')) <= 1 "
+        f"AND CHAR_LENGTH(`data`) = {len(event.data_json)} "
+        f"AND CONVERT(`data` USING utf8mb4) COLLATE utf8mb4_bin = {quote(event.data_json)} LIMIT 1"
     ).encode()
 
 
-def get_lock(name: str, seconds: int) -> str:
+def get_lock(name: str, database: str, seconds: int) -> str:
     """Takes a lock of the server's that all engines on this database know; gives 1, or 0 after ``seconds``."""
-    return f"SELECT GET_LOCK({_lock_name(name)}, {seconds})"
+    return f"SELECT GET_LOCK({_lock_name(name, database)}, {seconds})"
 
 
-def release_lock(name: str) -> str:
+def release_lock(name: str, database: str) -> str:
     """Gives it back."""
-    return f"SELECT RELEASE_LOCK({_lock_name(name)})"
+    return f"SELECT RELEASE_LOCK({_lock_name(name, database)})"
 
 
-def _lock_name(name: str) -> str:
-    # A lock's name is the server's, not the database's, and has 64 characters.
-    return f"CONCAT('mysql_jobcache.{name}.', LEFT(MD5(DATABASE()), 16))"
+def _lock_name(name: str, database: str) -> str:
+    # A lock's name is the server's, not the database's, and has 64 characters. MySQL 9 has no digest of its own.
+    digest = hashlib.md5(database.encode(), usedforsecurity=False).hexdigest()
+    return quote(f"mysql_jobcache.{name}.{digest[:16]}")
 
 
 def statements(head: bytes, rows: Iterable[bytes], tail: bytes, *, max_bytes: int) -> Iterator[tuple[bytes, int]]:
@@ -177,13 +180,20 @@ def select_loads(jids: Iterable[str]) -> bytes:
     return f"SELECT `jid`, `load` FROM `jids` WHERE `jid` IN ({_list(jids)}) FOR UPDATE".encode()
 
 
-def select_return_digests(keys: Iterable[tuple[str, str]]) -> Iterator[bytes]:
-    """Statements that ask for a digest of what stands for some (jid, minion), and whether it holds a trimmed value."""
+def select_return_lengths(keys: Iterable[tuple[str, str]]) -> Iterator[bytes]:
+    """Statements that ask how many characters the value has that stands for some (jid, minion), and whether it is a
+    trimmed one."""
     for where in among(keys):
         yield (
-            f"SELECT `jid`, `id`, SHA1(`return`), `full_ret` LIKE '%, \"trimmed\": true}}' "
+            f"SELECT `jid`, `id`, CHAR_LENGTH(`return`), `full_ret` LIKE '%, \"trimmed\": true}}' "
             f"FROM `salt_returns` WHERE {where}"
         ).encode()
+
+
+def select_values(keys: Iterable[tuple[str, str]]) -> Iterator[bytes]:
+    """Statements that ask for the values that stand for some (jid, minion)."""
+    for where in among(keys):
+        yield f"SELECT `jid`, `id`, `return` FROM `salt_returns` WHERE {where}".encode()
 
 
 def select_returned(keys: Iterable[tuple[str, str]]) -> Iterator[bytes]:

@@ -144,14 +144,16 @@ class Steady:
         wait = _REOPEN_SECONDS if self._session is not None else self._lock_seconds
         session = await self._database.open()
         try:
-            ((database,),) = await session.query("SELECT DATABASE()")
-            name = f"{self._lock} {hashlib.sha256(str(database).encode()).hexdigest()[:16]}"  # 64 characters at most
+            database = await session.database()
+            name = f"{self._lock} {hashlib.sha256(database.encode()).hexdigest()[:16]}"  # 64 characters at most
             ((taken,),) = await session.query(f"SELECT GET_LOCK({quote(name)}, {wait})")
             if not taken:
                 raise Busy  # noqa: TRY301 (the session is closed below)
             await session.execute(
                 # Strict as everywhere, but rows of somebody else may hold a date of zeros, and are copied as they are.
                 "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', "
+                # What takes long here is asked for by a person, and a change of a table cannot be made in halves.
+                "/*M!100101 SESSION max_statement_time = 0, */ "
                 f"SESSION lock_wait_timeout = {_LOCK_WAIT_SECONDS}, "
                 f"SESSION innodb_lock_wait_timeout = {_ROW_LOCK_SECONDS}"
             )

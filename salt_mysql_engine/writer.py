@@ -34,11 +34,14 @@ from .capture import InJournal
 from .database import Database, Session
 from .errors import (
     AnswerTimeout,
+    ConnectionLost,
     DatabaseError,
     JournalError,
     OperatorNeeded,
     RowsRejected,
     ServerUnavailable,
+    TooMuch,
+    TransactionAborted,
     Verdict,
 )
 from .items import Item, Maker, Plain
@@ -50,10 +53,12 @@ from .waits import is_set_within
 
 log = logging.getLogger(__name__)
 
-_BACKOFF_FIRST = {Verdict.RETRY: 0.5, Verdict.OPERATOR: 5.0}
+_BACKOFF_FIRST = {Verdict.RETRY: 0.5, Verdict.OPERATOR: 5.0, Verdict.TOO_MUCH: 5.0}
 _BACKOFF_MAX = 30.0  # seconds
 _SAY_AGAIN_SECONDS = 60.0
-_PING_AFTER_SECONDS = 30.0
+_PING_AFTER_SECONDS = 1.0
+"""After so long a server or a proxy may have closed the connection: it is asked first, and opened again."""
+_PROBE_KEEPS_SECONDS = 30.0
 _AT_A_TIME_SECONDS = 0.0002
 """After so long of making rows everybody else has a turn: the bus is read, and the server does not wait for us while
 its answer to the batch before takes several turns."""
@@ -121,6 +126,7 @@ class Writer:
         self._verifier = verifier
         self._database = database
         self._session: Session | None = None
+        self._session_in_use = asyncio.Lock()
         self._homeward: asyncio.Task[Session] | None = None
         self._home_at = 0.0
         self._at_home = True
@@ -177,6 +183,18 @@ class Writer:
             if oldest is None or oldest > last:
                 return
             await self._settled.wait()
+
+    async def query(self, statement: bytes | str) -> list[tuple[Any, ...]]:
+        """Asks something on the writer's own session, between two batches: for who gets no session of its own.
+
+        Raises:
+            DatabaseError: the database does not answer.
+        """
+        async with self._session_in_use:
+            session = await self._ready()
+            rows = await session.query(statement)
+            await session.rollback()
+            return rows
 
     async def run(self) -> None:
         """Ships batches until cancelled."""
@@ -274,7 +292,8 @@ class Writer:
         attempt = 0
         while True:
             try:
-                fates = await self._write(batch)
+                async with self._session_in_use:
+                    fates = await self._write(batch)
             except RowsRejected as exc:
                 if len(batch) > 1:
                     middle = len(batch) // 2
@@ -285,8 +304,21 @@ class Writer:
                 await self._settle(_settlement(batch, {}, {batch[0].seq: ("refused", str(exc))}))
                 return
             except DatabaseError as exc:
-                if self._session is not None and not self._session.usable:
-                    self._database.failed(self._session.host)
+                if isinstance(exc, TooMuch) and len(batch) > 1:
+                    log.debug("A batch of %d events is written in halves: %s", len(batch), exc)
+                    middle = len(batch) // 2
+                    await self._deliver(batch[:middle])
+                    await self._deliver(batch[middle:])
+                    return
+                session = self._session
+                if session is not None and not session.usable:
+                    if isinstance(exc, ConnectionLost) and session.worked:
+                        # Somebody closed it; whether the host is well, a new one tells.
+                        log.debug("The connection is opened again: %s", exc)
+                        self.retries += 1
+                        continue
+                    if not isinstance(exc, (TransactionAborted, TooMuch)):
+                        self._database.failed(session.host)
                 await self._back_off(exc, attempt)
                 attempt += 1
                 if isinstance(exc, AnswerTimeout) and attempt > 1 and len(batch) > 1:
@@ -467,7 +499,7 @@ class Writer:
         if session is not None and session.idle_seconds > _PING_AFTER_SECONDS:
             try:
                 await session.ping()
-            except DatabaseError as exc:
+            except ConnectionLost as exc:
                 log.debug("The idle connection was closed by the server: %s", exc)
         if session is not None and session.usable:
             session = await self._come_home(session)
@@ -526,7 +558,7 @@ class Writer:
         except DatabaseError as exc:
             log.debug("The first database host cannot be gone back to: %s", exc)
             return session
-        if home.idle_seconds > _PING_AFTER_SECONDS:  # it waited long for this batch, and may be gone
+        if home.idle_seconds > _PROBE_KEEPS_SECONDS:  # it waited long for this batch, and may be gone
             home.close()
             return session
         log.warning("The first database host %s takes rows again; going back to it from %s", home.host, session.host)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import hashlib
 import json
 import logging
 import os
@@ -87,6 +86,7 @@ class FakeSession:
         self._loads: dict[str, str] = {}
         self._returns: dict[tuple[str, str], tuple[str, str]] = {}
         self.usable = True
+        self.worked = False
         self.idle_seconds = 0.0
 
     def _reach(self) -> None:
@@ -131,6 +131,8 @@ class FakeSession:
             return 1
         raise AssertionError(f"what is this: {text[:80]}")
 
+    insert = execute
+
     @staticmethod
     def _insert(table: dict[Any, Any], changed: dict[Any, Any], key: Any, row: Any) -> int:
         if key in table or key in changed:
@@ -147,12 +149,10 @@ class FakeSession:
         assert "FROM `salt_returns`" in text, text[:80]
         returns = {**self._store.returns, **self._returns}
         keys = [key for key in asked_for(text) if key in returns]
-        if "SHA1" not in text:
-            return list(keys)
-        return [
-            (*key, hashlib.sha1(value.encode()).hexdigest(), full.endswith(', "trimmed": true}'))
-            for key, (value, full) in ((key, returns[key]) for key in keys)
-        ]
+        values = [(*key, *returns[key]) for key in keys]
+        if "CHAR_LENGTH" in text:
+            return [(job, id_, len(value), full.endswith(', "trimmed": true}')) for job, id_, value, full in values]
+        return [row[:3] for row in values] if "`return`" in text else list(keys)
 
     async def commit(self) -> None:
         how, self._store.lose_commit = self._store.lose_commit, None
@@ -161,6 +161,7 @@ class FakeSession:
         if how != "undone":
             self._store.loads.update(self._loads)
             self._store.returns.update(self._returns)
+            self.worked = True
         self._loads, self._returns = {}, {}
         if how is not None:
             self._store.bitten[f"commit {how}"] += 1

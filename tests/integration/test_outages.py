@@ -23,9 +23,9 @@ import pymysql
 import pytest
 
 from salt_mysql_engine import schema
-from tests.support.mariadb import MariaDB, free_port
+from tests.support.mariadb import MariaDB, Server, free_port, wait_until
 from tests.support.proxy import Proxy
-from tests.support.scratch import PASSWORD, Scratch
+from tests.support.scratch import PASSWORD, Scratch, scratch
 from tests.support.shipping import PATIENCE, Shipping, jid, return_data, returned
 
 pytestmark = pytest.mark.faults
@@ -169,6 +169,11 @@ def resetting(server: MariaDB, proxy: Proxy) -> Callable[[], None]:
     return proxy.heal
 
 
+def resetting_a_new_one_too(server: MariaDB, proxy: Proxy) -> Callable[[], None]:
+    proxy.reset(at=INSERT_RETURNS, times=2)
+    return proxy.heal
+
+
 def losing_answers(server: MariaDB, proxy: Proxy) -> Callable[[], None]:
     proxy.lose_answer(to=COMMIT)
     return proxy.heal
@@ -224,7 +229,6 @@ async def test_returns_survive_a_restart_of_the_server(database: Scratch, shippi
         await asyncio.to_thread(database.server.restart)
         await ship.take(*numbered(6, 10))
         await catches_up(ship, database, count=10)
-        assert re.search("Lost connection|gone away", ship.fault), ship.fault
 
 
 async def test_without_a_request_the_writer_tries_again_by_itself(database: Scratch, shipping: Make) -> None:
@@ -398,7 +402,7 @@ async def test_a_connection_that_the_server_kills_costs_one_retry(database: Scra
         await ship.take(*numbered(6, 10))
         await catches_up(ship, database, count=10)
         assert ship.writer.retries == 1
-        assert re.search("Lost connection|gone away|killed", ship.fault), ship.fault
+        assert ship.fault == ""
 
 
 async def test_an_idle_connection_that_the_server_closed_costs_no_retry(
@@ -443,7 +447,6 @@ async def test_a_statement_that_the_server_drops_as_it_shuts_down_is_sent_again(
         pytest.param(1317, id="1317 query interrupted"),
         pytest.param(1792, id="1792 read-only transaction"),
         pytest.param(1836, id="1836 read-only mode"),
-        pytest.param(3024, id="3024 MySQL's statement timeout"),
         pytest.param(3101, id="3101 Group Replication"),
         pytest.param(4031, id="4031 MySQL's idle timeout"),
     ],
@@ -598,7 +601,7 @@ def pair(database: Scratch, standby: Scratch) -> Iterator[Pair]:
         yield Pair(first, second)
 
 
-@pytest.mark.parametrize("fault", [killed, stopped, frozen, refusing, unreachable, resetting])
+@pytest.mark.parametrize("fault", [killed, stopped, frozen, refusing, unreachable, resetting_a_new_one_too])
 async def test_the_next_host_takes_over_from_one_that_goes_away(
     database: Scratch,
     standby: Scratch,
@@ -618,6 +621,116 @@ async def test_the_next_host_takes_over_from_one_that_goes_away(
             await asyncio.to_thread(database.server.start)
         assert database.count("salt_returns") == 5
         await catches_up(ship, database, standby, count=10)
+
+
+def times_out(database: Scratch, proxy: Proxy) -> None:
+    """The server closes the connection that it had nothing from for a second."""
+    wait_until(lambda: connections(database) == [], timeout=30, what="the end of an idle connection")
+
+
+def is_killed(database: Scratch, proxy: Proxy) -> None:
+    """Somebody ends the connection."""
+    for number in connections(database):
+        database.sql("KILL %s", number)
+
+
+def is_reset(database: Scratch, proxy: Proxy) -> None:
+    """What is between ends the connection in the next batch."""
+    proxy.reset(at=INSERT_RETURNS)
+
+
+def connections(database: Scratch) -> list[int]:
+    return [
+        number
+        for (number,) in database.sql(
+            "SELECT ID FROM information_schema.PROCESSLIST WHERE USER = %s AND COMMAND <> 'Killed'", database.name
+        )
+    ]
+
+
+@pytest.mark.parametrize("end", [times_out, is_killed, is_reset])
+async def test_a_connection_that_ends_is_opened_again_on_the_same_host_without_a_word(
+    database: Scratch,
+    pair: Pair,
+    shipping: Make,
+    end: Callable[[Scratch, Proxy], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with database.globally(wait_timeout=1 if end is times_out else 28_800):
+        async with shipping(mysql=pair.mysql, **QUICK) as ship:
+            await ship.ship(*numbered(1, 5))
+            caplog.clear()
+            await asyncio.to_thread(end, database, pair.first)
+            await ship.ship(*numbered(6, 10))
+            assert ship.writer.server_host == pair.name(pair.first)
+            assert (ship.fault, ship.writer.failing, caplog.messages) == ("", False, [])
+            assert pair.second.connections == 0
+            await all_arrive(ship, database, count=10)
+
+
+async def test_the_victim_of_a_deadlock_stays_on_its_host(database: Scratch, pair: Pair, shipping: Make) -> None:
+    async with shipping(mysql=pair.mysql, **QUICK) as ship:
+        await ship.ship(*numbered(1, 5))
+        database.sql(
+            "CREATE TRIGGER refuse BEFORE INSERT ON salt_returns FOR EACH ROW"
+            " SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'a deadlock'"
+        )
+        await ship.take(*numbered(6, 10))
+        await ship.fail(2)
+        await asyncio.to_thread(database.sql, "DROP TRIGGER refuse")
+        await ship.drain()
+        assert ship.writer.server_host == pair.name(pair.first)
+        await all_arrive(ship, database, count=10)
+
+
+# A limit on one statement or transaction
+
+
+async def test_a_batch_that_is_over_max_statement_time_is_halved_and_no_row_becomes_a_dead_letter(
+    database: Scratch, shipping: Make, tables: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    if database.server.is_mysql:
+        pytest.skip("MySQL has such a limit for SELECT alone")
+    database.sql(
+        "CREATE TRIGGER dear BEFORE INSERT ON salt_returns FOR EACH ROW SET NEW.fun = IF(SLEEP(0.02), NEW.fun, NEW.fun)"
+    )
+    with database.globally(max_statement_time=0.3):
+        async with shipping(batch_size=64, flush_interval=60.0) as ship:
+            await ship.take(*numbered(1, 64))
+            await ship.until(lambda: ship.journal.pending == 0)
+            database.sql("DROP TRIGGER dear")
+            await all_arrive(ship, database, count=64)
+            assert (ship.writer.failing, ship.fault) == (False, "")
+    assert not [record for record in caplog.records if "needs a person" in record.getMessage()]
+
+
+async def test_a_batch_that_is_over_max_binlog_cache_size_is_halved_and_no_row_becomes_a_dead_letter(
+    product: type[Server], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ["--log-bin=binlog", "--server-id=1", "--max-binlog-cache-size=8192", "--binlog-cache-size=4096"]
+    with product(tmp_path / "server", options=options) as server, scratch(server) as database:
+        async with Shipping(tmp_path / "journal", database.mysql, batch_size=64, flush_interval=60.0) as ship:
+            await ship.take(*numbered(1, 64))
+            await ship.until(lambda: ship.journal.pending == 0)
+            await all_arrive(ship, database, count=64)
+            assert (ship.writer.failing, ship.fault) == (False, "")
+    assert errors(caplog) == []
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(1197, "max_binlog_cache_size"), (3024, "max_execution_time")])
+async def test_a_row_that_is_too_much_by_itself_waits_for_a_person(
+    database: Scratch, shipping: Make, tables: None, number: int, remedy: str
+) -> None:
+    database.sql(
+        "CREATE TRIGGER dear BEFORE INSERT ON salt_returns FOR EACH ROW BEGIN IF NEW.id = 'minion-3' THEN "
+        f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {number}, MESSAGE_TEXT = 'too much'; END IF; END"
+    )
+    async with shipping() as ship:
+        await ship.take(*numbered(1, 5))
+        await ship.until(lambda: f"raise {remedy}" in ship.fault)
+        assert await ship.dead_letters() == []
+        await asyncio.to_thread(database.sql, "DROP TRIGGER dear")
+        await catches_up(ship, database, count=5)
 
 
 async def test_the_second_host_is_used_while_the_first_is_away(database: Scratch, shipping: Make) -> None:

@@ -499,7 +499,7 @@ def as_id(text: str) -> str:
     return text.translate({ord(character): None for character in "/\n\0"})
 
 
-@pytest.mark.parametrize("mode", ["", "NO_BACKSLASH_ESCAPES", "ANSI_QUOTES", "ANSI", "ORACLE", "TRADITIONAL"])
+@pytest.mark.parametrize("mode", ["", "NO_BACKSLASH_ESCAPES", "ANSI_QUOTES", "ANSI", "TRADITIONAL"])
 async def test_quotes_and_sql_in_every_field_are_data_under_sql_mode(
     database: Scratch, shipping: Make, mode: str
 ) -> None:
@@ -773,6 +773,7 @@ async def test_a_payload_that_no_reader_expects_is_kept_and_its_neighbours_are_c
 
 
 async def test_settings_of_the_session_are_what_the_statements_rely_on(database: Scratch, shipping: Make) -> None:
+    isolation_name = "transaction_isolation" if database.server.is_mysql else "tx_isolation"
     async with shipping(paused=True) as ship:
         with database.globally(
             sql_mode="NO_BACKSLASH_ESCAPES,ANSI_QUOTES", time_zone="+05:30", tx_isolation="SERIALIZABLE"
@@ -780,7 +781,7 @@ async def test_settings_of_the_session_are_what_the_statements_rely_on(database:
             session = await ship.open_session()
         try:
             ((mode, zone, isolation, charset, autocommit, packet),) = await session.query(
-                "SELECT @@sql_mode, @@time_zone, @@tx_isolation, @@character_set_client, @@autocommit, "
+                f"SELECT @@sql_mode, @@time_zone, @@{isolation_name}, @@character_set_client, @@autocommit, "
                 "@@max_allowed_packet"
             )
         finally:
@@ -789,7 +790,7 @@ async def test_settings_of_the_session_are_what_the_statements_rely_on(database:
     assert "NO_BACKSLASH_ESCAPES" not in mode.split(",")
     assert (zone, isolation, charset, autocommit) == ("+00:00", "READ-COMMITTED", "utf8mb4", 0)
     assert session.max_packet == packet
-    assert session.server_version.startswith("10.") or session.server_version.startswith("11.")
+    assert session.server_version.partition(" (")[0] == database.sql("SELECT VERSION()")[0][0]
 
 
 async def test_two_statements_in_one_are_refused_by_the_server(database: Scratch, shipping: Make) -> None:

@@ -84,6 +84,7 @@ class Proxy:
         self._delay = 0.0
         self._rate = 0
         self._traps: list[_Trap] = []
+        self._swaps: dict[bytes, bytes] = {}
         self._links: set[_Link] = set()
         self._listener: socket.socket | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -158,12 +159,18 @@ class Proxy:
         """The server gets the request that holds `to` and answers it; then both connections end without the answer."""
         self._do(lambda: self._traps.append(_Trap(to, times, self._lose)))
 
+    def swap(self, text: bytes, by: bytes) -> None:
+        """Put another text of the same length into requests that hold `text`, as a proxy that knows better does."""
+        assert len(text) == len(by)
+        self._do(lambda: self._swaps.update({text: by}))
+
     def heal(self) -> None:
         """No fault any more."""
 
         def heal() -> None:
             self._delay, self._rate = 0.0, 0
             self._traps.clear()
+            self._swaps.clear()
             self._passable.set()
             if self._listener is None:
                 self._listen()
@@ -252,6 +259,8 @@ class Proxy:
             before = (before + data)[-_LONGEST_NEEDLE:]
             if link.reset:
                 return
+            for text, by in self._swaps.items():
+                data = data.replace(text, by)
             await self._loop.sock_sendall(server, data)
 
     async def _pass_answers(self, link: _Link, server: socket.socket) -> None:

@@ -58,6 +58,8 @@ class Scratch:
     @contextlib.contextmanager
     def globally(self, **variables: Any) -> Iterator[None]:
         """The server with other options, for connections made from now on; put back at the end."""
+        if self.server.is_mysql:
+            variables = {name.replace("tx_", "transaction_"): value for name, value in variables.items()}
         before = {name: self.server.sql(f"SELECT @@GLOBAL.{name}")[0][0] for name in variables}
         try:
             for name, value in variables.items():

@@ -21,6 +21,7 @@ LAYERS = (
         "errors",
         "folders",
         "jsontext",
+        "sessions",
         "settings",
         "tls",
         "waits",

@@ -114,7 +114,8 @@ def asked_for(statements: Iterable[bytes], before: list[str]) -> list[list[tuple
 @given(st.sets(st.tuples(texts, texts)))
 def test_returns_are_asked_for_by_job_each_once(pairs: set[tuple[str, str]]) -> None:
     for statements, before in (
-        (sql.select_return_digests(pairs), ['%, "trimmed": true}']),
+        (sql.select_return_lengths(pairs), ['%, "trimmed": true}']),
+        (sql.select_values(pairs), []),
         (sql.select_returned(pairs), []),
     ):
         asked = [pair for some in asked_for(statements, before) for pair in some]

@@ -1,0 +1,152 @@
+"""Servers that are set up otherwise than we would: what is stored and read is right, or nothing is, with a reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pymysql
+import pytest
+
+from salt_mysql_engine import pool, upkeep, verbs
+from salt_mysql_engine.errors import OperatorNeeded
+from salt_mysql_engine.reader import Reader
+from tests.support.mariadb import Server
+from tests.support.oldtables import add_job, make_2014, opts_of
+from tests.support.proxy import Proxy
+from tests.support.scratch import Scratch, scratch
+from tests.support.shipping import Shipping, jid, published, returned
+
+Make = Callable[..., Shipping]
+TEXT = "Grüße, 😀, 縗"
+BREAKOUT = "縗\\"
+"""Its last byte of UTF-8 and the backslash are one character of gbk's: in such a session nothing escapes any more."""
+CRAFTED = f"{BREAKOUT}'), ('sys.crafted', '{jid(9)}', '1', 'forged', '1', '{{}}', NOW()) -- "
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Each test has its own reading connection."""
+    pool._pools.clear()
+    yield
+    for each in pool._pools.values():
+        if each._idle is not None:
+            each._idle.close()
+    pool._pools.clear()
+
+
+async def ship_texts(ship: Shipping) -> None:
+    """Returns with texts that only utf8mb4 has, and such as would run as SQL under gbk."""
+    await ship.ship(
+        published(jid(1), ["web1"], fun=CRAFTED, user=TEXT),
+        *(
+            returned(jid(number), "web1", {TEXT: text}, fun=text)
+            for number, text in enumerate([TEXT, BREAKOUT, CRAFTED])
+        ),
+    )
+    assert await ship.dead_letters() == []
+
+
+def check_texts(database: Scratch, tmp_path: Path) -> None:
+    with database.server.connect(database=database.name, init_command="SET NAMES utf8mb4") as connection:
+        cursor = connection.cursor(pymysql.cursors.DictCursor)
+        cursor.execute("SELECT * FROM salt_returns ORDER BY jid")
+        rows = cursor.fetchall()
+    assert [(row["fun"], json.loads(row["return"])) for row in rows] == [
+        (text, {TEXT: text}) for text in (TEXT, BREAKOUT, CRAFTED)
+    ]
+    reader = Reader(opts_of(database, tmp_path))
+    assert [fun for (fun,) in reader.query("SELECT fun FROM salt_returns ORDER BY jid")] == [TEXT, BREAKOUT, CRAFTED]
+    assert reader.query("SELECT COUNT(*) FROM salt_returns WHERE fun = %s", [CRAFTED]) == [(1,)]
+
+
+# Character sets
+
+
+@pytest.mark.parametrize("charset", ["latin1", "utf8mb3", "gbk", "utf8mb4 COLLATE utf8mb4_bin"])
+async def test_texts_are_stored_as_they_are_whatever_init_connect_says(
+    database: Scratch, shipping: Make, tmp_path: Path, charset: str
+) -> None:
+    with database.globally(init_connect=f"SET NAMES {charset}"):
+        async with shipping() as ship:
+            await ship_texts(ship)
+        check_texts(database, tmp_path)
+
+
+@pytest.mark.parametrize("charset", ["latin1", "gbk"])
+async def test_texts_are_stored_as_they_are_where_the_server_forces_its_own_character_set(
+    product: type[Server], tmp_path: Path, charset: str
+) -> None:
+    if product.is_mysql:
+        pytest.skip("MySQL 9 has no such option")
+    options = [f"--character-set-server={charset}", "--skip-character-set-client-handshake"]
+    with product(tmp_path / "server", options=options) as server, scratch(server) as database:
+        async with Shipping(tmp_path / "journal", database.mysql) as ship:
+            await ship_texts(ship)
+        check_texts(database, tmp_path)
+
+
+async def test_nothing_is_written_or_read_in_a_session_that_lost_what_was_said_at_login(
+    database: Scratch, shipping: Make, tmp_path: Path
+) -> None:
+    if database.server.is_mysql:
+        pytest.skip("the reading driver encrypts where the server lets it, and the proxy sees nothing")
+    with Proxy(database.server.host, database.server.port) as proxy:
+        mysql = {"mysql.host": proxy.host, "mysql.port": proxy.port}
+        proxy.swap(b"SET NAMES utf8mb4 COLLATE utf8mb4_general_ci", b"SET NAMES latin1  COLLATE latin1_swedish_ci ")
+        async with shipping(mysql=mysql) as ship:
+            await ship.take(returned(jid(1), "web1", TEXT))
+            await ship.until(lambda: "character_set_client is 'latin1' instead of 'utf8mb4'" in ship.fault)
+            opts = {**opts_of(database, tmp_path), **mysql}
+            with pytest.raises(OperatorNeeded, match="character_set_client is 'latin1' instead of 'utf8mb4'"):
+                Reader(opts).query("SELECT 1")
+            asks = upkeep.schema, lambda opts: upkeep.migrate(opts, False, [].append), verbs.test_connection
+            for ask in asks:
+                with pytest.raises(OperatorNeeded, match="character_set_client is 'latin1' instead of 'utf8mb4'"):
+                    ask(opts)
+            assert database.sql("SHOW TABLES") == []
+            proxy.heal()
+            await ship.drain()
+    assert json.loads(database.row("salt_returns")["return"]) == TEXT
+
+
+# Other settings of sessions
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"completion_type": "CHAIN"},
+        {"completion_type": "RELEASE"},
+        {"sql_select_limit": 1},
+        {"tx_read_only": 1},
+        {"sql_safe_updates": 1},
+        {"max_join_size": 1, "sql_big_selects": 0},
+        {"autocommit": 0},
+        {"tx_isolation": "SERIALIZABLE"},
+    ],
+)
+async def test_what_the_server_sets_globally_for_sessions_changes_nothing(
+    database: Scratch, shipping: Make, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    names = [f"web{number}" for number in range(5)]
+    with database.globally(**settings):
+        async with shipping() as ship:
+            for _ in range(2):
+                await ship.ship(published(jid(1), names), *(returned(jid(1), name, name) for name in names))
+            assert ship.writer.retries == 0
+            assert ship.writer.conflicts == 0
+        assert len(Reader(opts_of(database, tmp_path)).query("SELECT id FROM salt_returns")) == 5
+    assert [json.loads(row["return"]) for row in database.rows("salt_returns")] == names
+
+
+def test_a_migration_heeds_no_limit_that_the_server_sets_globally(database: Scratch, tmp_path: Path) -> None:
+    make_2014(database)
+    for number in range(20):
+        add_job(database, jid(number), "web1", "web2")
+    with database.globally(sql_select_limit=1, sql_safe_updates=1):
+        done = upkeep.migrate(opts_of(database, tmp_path), False, [].append)
+    assert done["migrated"] == ["jids", "salt_events", "salt_returns"]
+    assert (database.count("jids"), database.count("salt_returns")) == (20, 40)
