@@ -8,7 +8,6 @@ wrong setting never end the engine.
 from __future__ import annotations
 
 import asyncio
-import base64
 import concurrent.futures
 import datetime
 import gc
@@ -36,6 +35,7 @@ from .reconcile import Reconciler
 from .records import Selection
 from .retention import Retention
 from .settings import Connection
+from .telling import Teller
 from .verify import Verifier
 from .waits import is_set_within
 from .writer import Writer
@@ -48,9 +48,6 @@ _MOST_LETTERS = 1_000_000
 """As many as dead_letters_max allows."""
 _TAKE_SECONDS, _SELDOM_SECONDS = 0.1, 10.0
 """How often the spool is looked at: with a hand-off, and without one, for what an earlier one left."""
-_PAGE_EVENTS, _PAGE_BYTES = 1000, 1024 * 1024
-_AWAY_SECONDS = 30.0
-"""For how long somebody's word counts that the database does not answer."""
 _STOP_SECONDS = 3.0
 """Salt kills an engine 5 s after SIGTERM (``wait_for_kill``, salt/master.py 3006-3008)."""
 _CANCEL_AGAIN_SECONDS = 1.2  # the writer settles its last batch within 1
@@ -94,7 +91,6 @@ class Engine:
         folder = folders.of_journal(str(self._opts["cachedir"]))
         self._journal = Journal(folder)
         self._intake = Intake(self._journal, folder)
-        self._said_away: tuple[float, str] | None = None
         self._database = Database(
             self._login,
             connect_timeout=self._settings.connect_timeout,
@@ -122,6 +118,9 @@ class Engine:
         )
         self._handed_off = spool.is_used(self._opts)
         self._capture.handed_off = self._handed_off
+        self._teller = Teller(
+            self._journal, self._in_journal, self._intake, self._take, self._writer, handed_off=self._handed_off
+        )
         self._reconciler = (
             Reconciler(
                 self._journal,
@@ -176,8 +175,7 @@ class Engine:
             "delete_dead_letters": Verb(self.delete_dead_letters, {"seq": seq}),
             "retry": Verb(self.retry, {"seq": seq, "trust": Argument(bool)}),
             "tables_changed": Verb(self.tables_changed),
-            "pending": Verb(self.pending, {"jid": Argument(str, most=100, optional=True), "at": Argument(int)}),
-            "database_away": Verb(self.database_away, {"error": Argument(str, most=1000)}),
+            **self._teller.verbs(),
         }
         tasks = {
             name: asyncio.create_task(work, name=f"mysql_jobcache {name}")
@@ -407,48 +405,6 @@ class Engine:
             if self._journal.salvaged != salvaged:
                 salvaged = self._journal.salvaged
                 self._ask_reconcile("a corrupt journal", 0.0)
-
-    async def pending(self, jid: str | None = None, at: int = 0) -> dict[str, Any]:
-        """A page of what is not in MySQL yet, of one job or of all; and what is known of the database.
-
-        ``behind``: the spool holds more. ``whole``: of this job MySQL holds nothing.
-        """
-        behind = False
-        if not at:
-            try:
-                behind = (await self._take(self._intake.drain)).more
-            except sqlite3.Error:
-                behind = True
-        held, more, whole = await self._in_journal(self._held, jid, at)
-        return {
-            "events": held,
-            "more": more,
-            "at": held[-1][0] if held else at,
-            "behind": behind,
-            "whole": whole and not behind,
-            "away": self._away(),
-        }
-
-    def _held(self, jid: str | None, at: int) -> tuple[list[tuple[int, float, str, int]], bool, bool]:
-        entries = self._journal.held(jid=jid, at=at, rows=_PAGE_EVENTS, max_bytes=_PAGE_BYTES)
-        held = [(entry.seq, entry.captured_at, base64.b64encode(entry.body).decode(), entry.state) for entry in entries]
-        more = len(entries) == _PAGE_EVENTS or sum(len(entry.body) for entry in entries) >= _PAGE_BYTES
-        return held, more, jid is not None and self._handed_off and self._intake.holds_whole(jid)
-
-    async def database_away(self, error: str) -> dict[str, Any]:
-        """A reader waited for the database in vain."""
-        self._said_away = time.monotonic(), error
-        return {}
-
-    def _away(self) -> str:
-        """Why the database does not answer; nothing where it does, or nobody tried."""
-        writer = self._writer
-        if writer.away and writer.fault:
-            return writer.fault.message
-        if self._said_away is None:
-            return ""
-        at, error = self._said_away
-        return error if max(at, time.monotonic() - _AWAY_SECONDS) == at and writer.committed_at < at else ""
 
     async def _take_handed_over(self) -> None:
         """Takes what the master's other processes hand over into the journal."""

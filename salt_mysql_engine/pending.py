@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 MOST_EVENTS, MOST_BYTES = 20_000, 64 * 1024 * 1024
 """So many of the newest events are looked at when no job is named."""
-_ANSWER_SECONDS = 1.5
+_ANSWER_SECONDS = 1.0
 _PAUSE_SECONDS = 30.0
 """How long an engine that did not answer in time is not asked."""
 _LOCK_SECONDS = 0.5

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -17,12 +18,14 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine import folders, intake, records, spool
+from salt_mysql_engine import folders, intake, moments, pending, records, spool
+from salt_mysql_engine.control import socket_path
 from salt_mysql_engine.errors import JournalError
 from salt_mysql_engine.intake import Intake
 from salt_mysql_engine.journal import Caps, Journal, NewEvent, Settlement
 from salt_mysql_engine.pending import Pending
 from salt_mysql_engine.spool import HandOff
+from tests.support.asking import ask, returner, values
 from tests.support.disks import fill, mounted
 from tests.support.mariadb import wait_until
 from tests.support.scratch import Scratch
@@ -726,3 +729,86 @@ def test_workers_drop_nothing_while_large_dead_letters_are_tried_again(tmp_path:
         books = balanced(journal)
     assert (books["captured"], books["pending"], books["dropped"]) == (4020, 4020, {})
     assert max(slowest) < 0.25, "nobody waited for the engine"
+
+
+# Who reads what was handed over
+
+
+async def test_what_was_handed_over_is_told_at_once_by_the_engine_and_nobody_else_opens_its_file(
+    database: Scratch, shipping: Make, tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shipping("mysql_jobcache", handed_off=True, listens_in=tmp_path, paused=True):
+        monkeypatch.setattr(pending, "sqlite3", None)
+        for number in range(100):
+            hand.published(jid(number), {"tgt": "*", "fun": "test.ping", "user": "root"}, ["web1", "web2"])
+            hand.returned(return_data(jid(number), "web1", "x" * 50_000))
+            found = await asyncio.to_thread(Pending(opts(tmp_path)).job, jid(number))
+            assert (found.load["Minions"], list(found.returns)) == (["web1", "web2"], ["web1"])
+        jobs = await asyncio.to_thread(Pending(opts(tmp_path)).jobs)
+        assert sorted(jobs) == [jid(number) for number in range(100)]
+        assert {tuple(job.returns) for job in jobs.values()} == {("web1",)}
+
+
+async def test_the_engine_knows_whether_it_holds_a_job_whole(
+    database: Scratch, shipping: Make, tmp_path: Path, hand: HandOff
+) -> None:
+    load = {"tgt": ["web1"], "tgt_type": "list", "fun": "test.ping", "user": "root"}
+    old, new = jid(1), moments.jid_at(time.time() + 60)
+    async with shipping("mysql_jobcache", handed_off=True, listens_in=tmp_path, flush_interval=0.05) as ship:
+        asked = Pending(opts(tmp_path))
+        ship.mysql["mysql.port"] = 1  # nobody listens there
+        for job in (old, new):
+            hand.published(job, load, ["web1"])
+        assert not (await asyncio.to_thread(asked.job, old)).whole, "an earlier engine may have shipped some of it"
+        assert (await asyncio.to_thread(asked.job, new)).whole
+        await ship.until(lambda: ship.writer.away)
+        assert "Can't connect" in (await asyncio.to_thread(_away, asked))
+        ship.mysql["mysql.port"] = database.mysql["mysql.port"]
+        await ship.settled()
+        hand.returned(return_data(new, "web1"))
+        assert not (await asyncio.to_thread(asked.job, new)).whole
+        assert await asyncio.to_thread(_away, asked) == ""
+
+
+def _away(asked: Pending) -> str:
+    asked.jobs()
+    return asked.away
+
+
+async def test_no_process_waits_for_a_database_for_which_another_has_just_waited(
+    database: Scratch, shipping: Make, tmp_path: Path, hand: HandOff
+) -> None:
+    nobody = {**opts(tmp_path, connect_timeout=1.0), **database.mysql}
+    load = {"tgt": ["web1"], "tgt_type": "list", "fun": "test.ping", "user": "root"}
+    hand.published(jid(1), load, ["web1"])
+    asks = [returner("mysql_jobcache.get_load", jid(1)), returner("mysql_jobcache.get_jid", jid(1))]
+    async with shipping("mysql_jobcache", handed_off=True, listens_in=tmp_path, paused=True):
+        database.server.freeze()
+        try:
+            first = await asyncio.to_thread(ask, asks, opts=nobody)
+            second = await asyncio.to_thread(ask, asks, opts=nobody)
+        finally:
+            database.server.thaw()
+    for answers in (first, second):
+        assert values(answers)[0]["Minions"] == ["web1"]
+    assert sum(answer.seconds for answer in first) > 0.9
+    assert sum(answer.seconds for answer in second) < 0.5
+
+
+@pytest.mark.parametrize("how", ["none", "hangs"])
+async def test_without_an_engine_that_answers_the_files_are_read(tmp_path: Path, hand: HandOff, how: str) -> None:
+    hand.returned(return_data(jid(1), "web1"))
+    with engine(tmp_path):
+        pass
+    hand.returned(return_data(jid(2), "web1"))
+    with socket.socket(socket.AF_UNIX) as sock:
+        if how == "hangs":
+            sock.bind(str(socket_path(opts(tmp_path))))
+            sock.listen(5)
+        began = time.monotonic()
+        asked = Pending(opts(tmp_path))
+        for number in (1, 2):
+            assert list(asked.job(jid(number)).returns) == ["web1"]
+        assert sorted(Pending(opts(tmp_path)).jobs()) == [jid(1), jid(2)]
+        assert time.monotonic() - began < 2.0, "it is waited for once"
+    pending._silent_until.clear()

@@ -24,6 +24,7 @@ import msgpack
 from salt_mysql_engine import settings
 from salt_mysql_engine.batcher import Limits
 from salt_mysql_engine.capture import Capture
+from salt_mysql_engine.control import Control, socket_path
 from salt_mysql_engine.database import Database, Session
 from salt_mysql_engine.intake import Intake, Taken
 from salt_mysql_engine.jobcache import JobCache
@@ -31,6 +32,7 @@ from salt_mysql_engine.journal import Journal, NewEvent
 from salt_mysql_engine.reconcile import Reconciler
 from salt_mysql_engine.records import Kind, Opened, Selection, open_event, parse_tag
 from salt_mysql_engine.settings import Connection
+from salt_mysql_engine.telling import Teller
 from salt_mysql_engine.verify import Verifier
 from salt_mysql_engine.writer import Writer
 
@@ -52,6 +54,7 @@ class Shipping:
     """An engine's inside in `directory`, shipping to `mysql` (`mysql.*` options); `options` are the engine's own.
 
     With a `cachedir` the job cache there confirms events, as `verify_returns` says; `reconcile` runs passes over it.
+    With `listens_in` it answers those who read, on a socket there.
     With `handed_off` jobs come from other processes (`spool.py`) and not from the bus.
     Every value is stored, unless `skip_values` says otherwise.
     With `paused=True` events stay in the journal, as they would if the engine were killed before it shipped them.
@@ -68,6 +71,7 @@ class Shipping:
         reconcile: bool = False,
         keep_seconds: float = 86_400.0,
         handed_off: bool = False,
+        listens_in: Path | None = None,
         **options: Any,
     ) -> None:
         values, problems = settings.parse({"skip_values": [], **options})
@@ -100,6 +104,10 @@ class Shipping:
         self.writer.partitions = chosen.partitions
         self.capture = Capture(self.journal, self._in_journal, selection, on_append=self.writer.announce)
         self._handed_off = handed_off
+        self.teller = Teller(
+            self.journal, self._in_journal, self.intake, self._take, self.writer, handed_off=handed_off
+        )
+        self._listens_in = listens_in
         self.capture.handed_off = handed_off
         self.reconciler: Reconciler | None = None
         if reconcile:
@@ -128,7 +136,11 @@ class Shipping:
         if self.reconciler is not None:
             self._beside.append(asyncio.create_task(self.reconciler.run(), name="reconciler"))
         if self._handed_off:
-            self._beside.append(asyncio.create_task(self._take(), name="intake"))
+            self._beside.append(asyncio.create_task(self._take_on(), name="intake"))
+        if self._listens_in is not None:
+            socket = socket_path({"sock_dir": str(self._listens_in)})
+            self._beside.append(asyncio.create_task(Control(socket, self.teller.verbs()).run(), name="control"))
+            await self.until(socket.exists)
         if not self._paused:
             self._task = asyncio.create_task(self.writer.run(), name="writer")
         return self
@@ -155,14 +167,18 @@ class Shipping:
             self._thread.shutdown()
             self._cache_thread.shutdown()
 
-    async def _take(self) -> None:
+    async def _take_on(self) -> None:
         while True:
             taken = Taken(0, 0, more=False)
             with contextlib.suppress(sqlite3.Error):  # a full disk, say
-                taken = await self._in_journal(self.intake.step)
-            if taken.events:
-                self.writer.announce(taken.events, taken.size)
+                taken = await self._take(self.intake.step)
             await asyncio.sleep(0 if taken.more else 0.02)
+
+    async def _take(self, how: Callable[[], Taken]) -> Taken:
+        taken: Taken = await self._in_journal(how)
+        if taken.events:
+            self.writer.announce(taken.events, taken.size)
+        return taken
 
     def _login(self) -> Connection:
         return Connection.from_opts(self.mysql)
@@ -211,8 +227,7 @@ class Shipping:
 
     async def handed_over(self) -> dict[str, Any]:
         """Take what is in the spool and wait until all of it has met its fate; gives the books."""
-        taken: Taken = await self._in_journal(self.intake.drain)
-        self.writer.announce(taken.events, taken.size)
+        await self._take(self.intake.drain)
         return await self.drain()
 
     async def until(self, condition: Callable[[], bool], *, timeout: float = PATIENCE) -> None:

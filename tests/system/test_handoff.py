@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import json
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from salt_mysql_engine import spool
 from tests.support.asking import PUBLISHED, Answer, Ask, ask, publish, returner, runner, values
 from tests.support.mariadb import wait_until
 from tests.support.salt import SaltMaster, SaltMinion, fire
@@ -76,13 +75,17 @@ def listed(site: Site, jid: str) -> dict[str, Any]:
     return dict(job)
 
 
-def journalled(site: Site) -> list[tuple[str, str]]:
-    """The jid and minion of every event in the journal, read beside everyone who writes to it."""
-    path = site.master.directory / "cache" / ENGINE / "journal.sqlite"
-    if not path.exists():
-        return []
-    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)) as journal:
-        return journal.execute("SELECT jid, minion FROM events ORDER BY seq").fetchall()
+def handed_over(site: Site) -> list[tuple[str, str]]:
+    """The jid and minion of every event in the spool, and in the journal of an engine that does not run."""
+    place = site.master.directory / "cache" / ENGINE
+    found: list[tuple[str, str]] = []
+    for path in (place / spool.FOLDER).glob("*"):
+        content = path.read_bytes()
+        header = spool.header_of(content)
+        if header is not None:
+            records, _, _ = spool.parse(content[spool.HEADER.size :], header.key)
+            found += [(record.jid, record.minion) for record in records]
+    return found
 
 
 def shipped(site: Site) -> dict[str, Any]:
@@ -269,6 +272,12 @@ def test_with_mysql_away_jobs_run_and_are_found_and_arrive_once_afterwards(site:
         began = time.monotonic()
         assert printed(site, "*", "test.echo", fault) == {"alpha": fault, "beta": fault}
         assert time.monotonic() - began < usual + AT_ONCE  # what was published just now needs no database
+        began = time.monotonic()
+        done = site.master.cli(
+            "salt", "--static", "--out=json", "--timeout=60", "*", "test.outputter", f"static {fault}"
+        )
+        assert (done.returncode, done.stdout.count(f"static {fault}")) == (0, 2), done
+        assert time.monotonic() - began < usual + AT_ONCE  # nor do the parts of a batch, which the engine holds whole
         site.minions["alpha"].call("test.arg", fault)
         answers = asked(
             site,
@@ -313,7 +322,7 @@ def test_with_the_engine_stopped_and_killed_jobs_run_and_are_found_and_arrive_on
         assert printed(site, "*", "test.echo", "stopped") == {"alpha": "stopped", "beta": "stopped"}
         jid, *_, job = values(asked(site, publish("*", "test.sleep", 0), runner("jobs.list_job", PUBLISHED)))
         assert (job["Function"], job["Minions"]) == ("test.sleep", ["alpha", "beta"])
-        wait_until(lambda: journalled(site).count((jid, "beta")) == 1, timeout=PATIENCE, what="the return journalled")
+        wait_until(lambda: handed_over(site).count((jid, "beta")) == 1, timeout=PATIENCE, what="the return")
         assert site.master.run("jobs.lookup_jid", jid) == {"alpha": True, "beta": True}
     finally:
         engine.send_signal(signal.SIGCONT)
@@ -346,7 +355,7 @@ def test_without_an_engine_jobs_go_on_and_the_journal_keeps_them_until_there_is_
         (jobs,) = values(asked(site, runner("jobs.list_jobs", search_function="test.echo")))
         assert [job["Arguments"] for _, job in sorted(jobs.items())] == [["no 0"], ["no 1"], ["no 2"]]
         assert site.master.run("jobs.lookup_jid", max(jobs)) == {"alpha": "no 2"}
-        assert {(jid, "alpha") for jid in jobs} <= set(journalled(site))
+        assert {(jid, "alpha") for jid in jobs} <= set(handed_over(site))
         assert site.database.sql("SHOW TABLES") == []
         assert 1 <= site.master.log.count(nobody) <= 2  # once a minute
         assert "Traceback" not in site.master.log

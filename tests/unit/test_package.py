@@ -33,7 +33,7 @@ LAYERS = (
     },
     {"records", "sql", "database", "pillar", "jobcache", "moments", "pool", "steady", "partitions"},
     {"schema", "stencil", "items", "rows", "blueprint", "folding", "shadow", "backfill", "survey", "purge"},
-    {"bus", "capture", "journal", "batcher", "verify", "writer", "reconcile", "control", "spool", "intake"},
+    {"bus", "capture", "journal", "batcher", "verify", "writer", "reconcile", "control", "spool", "intake", "telling"},
     {"migrate", "retention", "pending", "reader", "search"},
     {"answers", "history"},
     {"engine", "verbs", "upkeep"},
