@@ -71,7 +71,8 @@ def status():
 @_clearly
 def flush(timeout=30):
     """
-    Write what is pending now, and return when it is in MySQL; or say why it is not after ``timeout`` seconds.
+    Write what is pending now, and return when it is in MySQL or is a dead letter; or say what is waited for after
+    ``timeout`` seconds.
 
     .. code-block:: bash
 

@@ -284,7 +284,7 @@ class Engine:
         }
 
     async def flush(self, seconds: float = 30.0) -> dict[str, Any]:
-        """Waits until what was pending is in MySQL, ``seconds`` at most.
+        """Waits until what was pending is in MySQL or is a dead letter, ``seconds`` at most.
 
         Raises:
             EngineError: not all of it is, and why.
@@ -296,7 +296,11 @@ class Engine:
             await asyncio.wait_for(self._writer.flush(), seconds)
         except asyncio.TimeoutError:
             fault = self._writer.fault
-            why = fault.message if self._writer.failing and fault else "the database is slow"
+            why = "the database is slow"
+            if self._writer.failing and fault:
+                why = fault.message
+            elif self._verifier.waiting:
+                why = self._verifier.trouble or f"{self._verifier.waiting} of them wait for the master's job cache"
             raise EngineError(f"{self._journal.pending} events are still pending after {seconds:g} s: {why}") from None
         return {"flushed": pending, "pending": self._journal.pending}
 

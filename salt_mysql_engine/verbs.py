@@ -30,7 +30,7 @@ def status(opts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flush(opts: Mapping[str, Any], timeout: Any) -> dict[str, Any]:
-    """Waits up to ``timeout`` seconds until what is pending now is in MySQL.
+    """Waits up to ``timeout`` seconds until what is pending now is in MySQL or is a dead letter.
 
     Raises:
         EngineError: it is not, or ``timeout`` is no number of seconds.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from collections.abc import Iterator
 
 import pytest
 
+from salt_mysql_engine import schema
 from tests.support.mariadb import wait_until
+from tests.support.salt import fire
 from tests.system.conftest import PATIENCE, Site
 
 
@@ -93,10 +96,23 @@ def test_flush_returns_when_what_was_pending_is_in_the_table(tuned: Site) -> Non
     assert len(tuned.database.sql("SELECT * FROM salt_returns WHERE fun = 'test.fib'")) == 1
 
 
+def test_flush_waits_for_what_waits_for_its_confirmation_and_else_says_so_and_fails(site: Site) -> None:
+    site.master.run("mysql_jobcache.flush")
+    letters = site.status()["books"]["dead_letters"]
+    jid = "20260101000000000077"
+    fire(site.master, f"salt/job/{jid}/ret/beta", {"id": "beta", "jid": jid, "return": 1, "fun": "test.ping"})
+    done = site.master.cli("salt-run", "--out=json", "mysql_jobcache.flush", "timeout=0.2")
+    assert done.returncode == 1
+    assert "wait for the master's job cache" in json.loads(done.stdout)["error"]
+    site.master.run("mysql_jobcache.flush")
+    assert site.status()["books"]["dead_letters"] == letters + 1
+    site.master.run("mysql_jobcache.dead_letters", "delete=all")
+
+
 def test_test_connection_says_what_is_there(site: Site) -> None:
     answer = site.master.run("mysql_jobcache.test_connection")
     assert "MariaDB" in answer["version"]
-    assert answer["tables"] == "ours at version 1"
+    assert answer["tables"] == f"ours at version {schema.newest()}"
 
 
 def test_a_wrong_argument_is_answered_with_a_sentence_and_an_exit_code(site: Site) -> None:
@@ -111,4 +127,5 @@ def test_only_the_masters_user_reaches_the_engine_and_its_journal(site: Site) ->
     folder = site.master.directory / "cache" / "mysql_jobcache"
     assert stat.S_IMODE(socket.stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    for path in folder.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
