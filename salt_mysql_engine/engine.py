@@ -127,7 +127,7 @@ class Engine:
                 self._in_journal,
                 self._cache,
                 self._in_cache,
-                self._database,
+                self._writer.query,
                 selection,
                 keep_seconds=float(self._opts.get("keep_jobs_seconds", 86_400)),
                 on_append=self._writer.announce,
@@ -482,8 +482,6 @@ class Engine:
         if self._reconciler is not None:
             self._reconciler.selection = selection
             self._reconciler.retention_days = new.retention_days
-            self._reconciler.partitions = new.partitions
-            self._reconciler.create_tables = new.schema == "create"
             self._reconciler.retime(new.reconcile_interval_seconds)
         self._retention.days, self._retention.archive = new.retention_days, new.archive
         self._retention.partitions = new.partitions

@@ -28,8 +28,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NamedTuple
 
-from . import jsontext, moments, records, schema, sql
-from .database import Database, Session
+from . import jsontext, moments, records, sql
 from .errors import DatabaseError
 from .jobcache import Folder, Job, JobCache
 from .journal import Journal
@@ -52,6 +51,8 @@ _RETRY_FIRST, _RETRY_MAX = 5.0, 60.0  # seconds
 _MARK = "reconciled_at"
 
 InThread = Callable[..., Awaitable[Any]]
+Ask = Callable[[bytes], Awaitable[list[tuple[Any, ...]]]]
+"""Gives the rows of a query."""
 
 
 class Pass(NamedTuple):
@@ -91,7 +92,11 @@ class _Found(NamedTuple):
 
 
 class Reconciler:
-    """Runs passes, one at a time. ``on_append`` is told of what it journals, as capture's is."""
+    """Runs passes, one at a time.
+
+    ``ask_database`` asks on the writer's session, between two batches: a user that may have no second one is served
+    too, and nobody waits for a session that a pass holds. ``on_append`` is told of what is journalled, as capture's is.
+    """
 
     def __init__(
         self,
@@ -99,7 +104,7 @@ class Reconciler:
         in_journal: InThread,
         cache: JobCache,
         in_cache: InThread,
-        database: Database,
+        ask_database: Ask,
         selection: Selection,
         *,
         keep_seconds: float,
@@ -108,8 +113,6 @@ class Reconciler:
         self.selection = selection
         self.interval = 600.0
         """Seconds between passes of the timer; 0 for none."""
-        self.create_tables = True
-        self.partitions = "none"
         self.retention_days = 0.0
         """Older jobs (0: none) were deleted from the tables, and stay away."""
         self.passes = 0
@@ -119,7 +122,7 @@ class Reconciler:
         self._in_journal = in_journal
         self._cache = cache
         self._in_cache = in_cache
-        self._database = database
+        self._ask_database = ask_database
         self._blind_after = keep_seconds / 2
         self._clocks = time.time(), time.monotonic()
         """Of the last complete pass, or of the start."""
@@ -205,41 +208,30 @@ class Reconciler:
         return max(0.0, (time.monotonic() - monotonic) - (time.time() - wall))
 
     async def _compare_all(self, since: float, *, blind: bool) -> None:
-        session: Session | None = None
+        ask: Ask | None = self._ask_database
         try:
-            session = await self._database.open()
-            created, _ = await schema.ensure(
-                session, create=self.create_tables, events=False, partitions=self.partitions
-            )
-            if created:
-                log.warning("Created the tables %s in the database at %s", ", ".join(created), session.host)
+            await self._ask_database(b"SELECT 1")
         except DatabaseError:
-            if session is not None:
-                session.close()
-                session = None
             if not blind:
                 raise
-        try:
-            before: Folder | None = None
-            while True:
-                folders: list[Folder] = await self._in_cache(
-                    lambda before=before: self._cache.folders(since=since, before=before, most=_ROUND_FOLDERS)
-                )
-                if not folders:
-                    return
-                self._note(total_jobs=len(folders))
-                for start in range(0, len(folders), _STEP_JOBS):
-                    began = time.monotonic()
-                    found, returns = await self._in_cache(self._look, folders[start : start + _STEP_JOBS])
-                    for some in _portions(found):
-                        await self._compare(session, some)
-                    self._note(jobs=len(found), returns=returns)
-                    # Half of the time is everybody else's.
-                    await asyncio.sleep(min(0.1, time.monotonic() - began))
-                before = folders[-1]
-        finally:
-            if session is not None:
-                session.close()
+            ask = None
+        before: Folder | None = None
+        while True:
+            folders: list[Folder] = await self._in_cache(
+                lambda before=before: self._cache.folders(since=since, before=before, most=_ROUND_FOLDERS)
+            )
+            if not folders:
+                return
+            self._note(total_jobs=len(folders))
+            for start in range(0, len(folders), _STEP_JOBS):
+                began = time.monotonic()
+                found, returns = await self._in_cache(self._look, folders[start : start + _STEP_JOBS])
+                for some in _portions(found):
+                    await self._compare(ask, some)
+                self._note(jobs=len(found), returns=returns)
+                # Half of the time is everybody else's.
+                await asyncio.sleep(min(0.1, time.monotonic() - began))
+            before = folders[-1]
 
     def _look(self, folders: list[Folder]) -> tuple[list[_Found], int]:
         """The jobs in some folders that the settings want."""
@@ -265,39 +257,37 @@ class Reconciler:
         kind = records.master_kind(job.fun) if minion == self.selection.master_id else None
         return kind is None or self.selection.wants_job(records.Tag(kind, job.jid, ""))
 
-    async def _compare(self, session: Session | None, some: list[_Found]) -> None:
+    async def _compare(self, ask: Ask | None, some: list[_Found]) -> None:
         jids = [found.job.jid for found in some]
         known: set[tuple[str, str]] = await self._in_journal(self._journal.known, jids)
         publishes = [found.job for found in some if found.publish and found.job.is_publish]
         publishes = [job for job in publishes if (job.jid, "") not in known]
         stored_sizes: dict[str, int] = {}
-        if session is not None:
+        if ask is not None:
             keys = [(found.job.jid, minion) for found in some for minion in found.minions]
             for statement in sql.select_returned(keys):
-                known.update(await session.query(statement))
+                known.update(await ask(statement))
             if publishes:
-                stored_sizes = dict(await session.query(sql.select_load_sizes(job.jid for job in publishes)))
-            await session.rollback()
+                stored_sizes = dict(await ask(sql.select_load_sizes(job.jid for job in publishes)))
         for portion in _by_size(publishes, stored_sizes):
             loads: dict[str, str] = {}
-            if session is not None and any(job.jid in stored_sizes for job in portion):
-                loads = dict(await session.query(sql.select_stored_loads(job.jid for job in portion)))
-                await session.rollback()
-            await self._journal_all(session, await self._in_cache(self._missing_publishes, portion, loads))
-        await self._journal_all(session, await self._in_cache(self._missing_returns, some, known))
+            if ask is not None and any(job.jid in stored_sizes for job in portion):
+                loads = dict(await ask(sql.select_stored_loads(job.jid for job in portion)))
+            await self._journal_all(ask, await self._in_cache(self._missing_publishes, portion, loads))
+        await self._journal_all(ask, await self._in_cache(self._missing_returns, some, known))
 
-    async def _journal_all(self, session: Session | None, events: list[NewEvent]) -> None:
+    async def _journal_all(self, ask: Ask | None, events: list[NewEvent]) -> None:
         for start in range(0, len(events), _APPEND_EVENTS):
             some = events[start : start + _APPEND_EVENTS]
-            await self._make_room(session)
+            await self._make_room(ask)
             taken = await self._in_journal(self._journal.append, some)
             self._on_append(taken, sum(len(event.body) for event in some))
             returns = sum(bool(event.minion) for event in some)
             self._note(returns_added=returns, loads_added=len(some) - returns)
 
-    async def _make_room(self, session: Session | None) -> None:
+    async def _make_room(self, ask: Ask | None) -> None:
         """Waits while the writer has enough to do; and while the journal is full, since nothing of ours is urgent."""
-        may_wait = session is not None
+        may_wait = ask is not None
         while self._journal.full or (may_wait and self._journal.pending > _MAX_PENDING):  # noqa: ASYNC110 (a thread's)
             await asyncio.sleep(0.2)
 

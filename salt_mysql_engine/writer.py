@@ -196,6 +196,11 @@ class Writer:
             await session.rollback()
             return rows
 
+    def close(self) -> None:
+        """Ends the session."""
+        if self._session is not None:
+            self._session.close()
+
     async def run(self) -> None:
         """Ships batches until cancelled."""
         self._uncertain_through = await self._journalled(lambda: self._in_journal(self._journal.newest_seq))
@@ -215,8 +220,7 @@ class Writer:
             if self._settling is not None:  # with the journal's disk full, say: it is all written once more, and known
                 self._settling.cancel()
             await self._drop_probe()
-            if self._session is not None:
-                self._session.close()
+            self.close()
 
     def _prepare(self) -> asyncio.Task[list[Item]]:
         return asyncio.create_task(self._next_batch(), name="mysql_jobcache next batch")

@@ -150,3 +150,101 @@ def test_a_migration_heeds_no_limit_that_the_server_sets_globally(database: Scra
         done = upkeep.migrate(opts_of(database, tmp_path), False, [].append)
     assert done["migrated"] == ["jids", "salt_events", "salt_returns"]
     assert (database.count("jids"), database.count("salt_returns")) == (20, 40)
+
+
+# What users have on the tables
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_trigger_that_changes_what_stands_does_not_make_a_collision_look_like_a_new_row(
+    database: Scratch, shipping: Make, together: bool
+) -> None:
+    async with shipping(events=["*"]) as ship:
+        await ship.ship(returned(jid(1), "web1", 1), returned(jid(2), "web1", 2))
+        database.sql(
+            "CREATE TRIGGER touch BEFORE UPDATE ON salt_returns FOR EACH ROW SET NEW.alter_time = '2030-01-01 00:00:00'"
+        )
+        bodies = [returned(jid(1), "web1", 1), returned(jid(2), "web1", "another"), returned(jid(3), "web1", 3)]
+        for some in [bodies] if together else [[each] for each in bodies]:
+            books = await ship.ship(*some)
+        assert (books["written"], books["duplicates"], ship.writer.conflicts) == (3, 2, 1)
+
+
+async def test_a_row_that_a_trigger_refuses_is_a_dead_letter_and_its_neighbours_are_committed(
+    database: Scratch, shipping: Make
+) -> None:
+    async with shipping() as ship:
+        await ship.ship(returned(jid(1), "web1", 1))
+        database.sql(
+            "CREATE TRIGGER picky BEFORE INSERT ON salt_returns FOR EACH ROW BEGIN IF NEW.id = 'web2' THEN "
+            "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'no web2 here'; END IF; END"
+        )
+        await ship.ship(*(returned(jid(number), f"web{number}", number) for number in (2, 3)))
+        (letter,) = await ship.dead_letters()
+        assert (letter.minion, "no web2 here (1644)" in letter.error) == ("web2", True)
+        assert ship.writer.retries == 0
+    assert [row["id"] for row in database.rows("salt_returns")] == ["web1", "web3"]
+
+
+async def test_a_missing_table_that_is_not_ours_is_named_and_nobody_is_told_to_create_ours(
+    database: Scratch, shipping: Make
+) -> None:
+    async with shipping() as ship:
+        await ship.ship(returned(jid(1), "web1", 1))
+        database.sql("CREATE TABLE audit (id TEXT)")
+        database.sql(
+            "CREATE TRIGGER left_over AFTER INSERT ON salt_returns FOR EACH ROW INSERT INTO audit VALUES (NEW.id)"
+        )
+        database.sql("DROP TABLE audit")
+        await ship.take(returned(jid(2), "web2", 2))
+        await ship.until(lambda: "(1146)" in ship.fault)
+        assert "audit is no table of Salt's: a trigger or a view on these tables names it" in ship.fault
+        assert "schema" not in ship.fault
+        database.sql("DROP TRIGGER left_over")
+        await ship.drain()
+    assert database.count("salt_returns") == 2
+
+
+async def test_an_init_connect_that_fails_is_named(database: Scratch, shipping: Make) -> None:
+    with database.globally(init_connect="SELECT nonsense"):
+        async with shipping() as ship:
+            await ship.take(returned(jid(1), "web1", 1))
+            await ship.until(lambda: "init_connect" in ship.fault)
+            database.sql("SET GLOBAL init_connect = ''")
+            await ship.drain()
+
+
+async def test_a_server_that_takes_encrypted_connections_alone_is_told_so(database: Scratch, shipping: Make) -> None:
+    if not database.server.is_mysql:
+        pytest.skip("the session's MariaDB has no certificate, and would let nobody in")
+    with database.globally(require_secure_transport=1):
+        async with shipping() as ship:
+            await ship.take(returned(jid(1), "web1", 1))
+            await ship.until(lambda: "(3159); the server takes encrypted connections alone" in ship.fault)
+            database.sql("SET GLOBAL require_secure_transport = 0")
+            await ship.drain()
+
+
+@pytest.mark.parametrize("kind", ["STORED", "VIRTUAL"])
+async def test_generated_columns_of_others_are_no_hindrance(
+    database: Scratch, shipping: Make, tmp_path: Path, kind: str
+) -> None:
+    make_2014(database)
+    for statement in (
+        f"ALTER TABLE salt_returns ADD COLUMN day CHAR(8) AS (LEFT(jid, 8)) {kind}, ADD KEY day (day)",
+        f"ALTER TABLE jids ADD COLUMN size BIGINT AS (CHAR_LENGTH(`load`)) {kind}",
+    ):
+        database.sql(statement)
+    async with shipping() as ship:
+        for number in range(2):
+            await ship.ship(
+                published(jid(1), ["web1"]), returned(jid(1), "web1", 1), returned(jid(2 + number), "web2", 2)
+            )
+            if not number:
+                opts = opts_of(database, tmp_path)
+                upkeep.migrate(opts, False, [].append)
+                assert upkeep.schema(opts)["missing"] == []
+                ship.writer.tables_known = False
+        assert ship.writer.retries == 0
+    assert {row["day"] for row in database.rows("salt_returns")} == {jid(1)[:8]}
+    assert all(row["size"] == len(row["load"]) for row in database.rows("jids"))

@@ -117,13 +117,11 @@ class Shipping:
                 self._in_journal,
                 cache,
                 self._in_cache,
-                self.database,
+                self.writer.query,
                 selection,
                 keep_seconds=keep_seconds,
                 on_append=self.writer.announce,
             )
-            self.reconciler.create_tables = self.writer.create_tables
-            self.reconciler.partitions = chosen.partitions
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._cache_thread = concurrent.futures.ThreadPoolExecutor(1)
         self._paused = paused
@@ -162,6 +160,7 @@ class Shipping:
             if error is None:
                 await self.books()
         finally:
+            self.writer.close()  # one that never ran may have been asked something
             await self._in_journal(self.intake.close)
             await self._in_journal(self.journal.close)
             self._thread.shutdown()
