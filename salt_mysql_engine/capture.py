@@ -20,7 +20,7 @@ from typing import Any
 
 from . import records
 from .journal import Journal
-from .journalfile import NewEvent
+from .journalfile import STUB, NewEvent
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Capture:
         self.selection = selection
         self.handed_off = False
         """Whether jobs come whole and unforgeable from the master's own processes, and not from here."""
+        self.max_event_bytes = 16 * 1024 * 1024
+        """What is larger is cut, and becomes a dead letter."""
         self.dropped = 0
         """Events lost because memory was full, not yet in the books."""
         self.last_error = ""
@@ -96,6 +98,9 @@ class Capture:
                 if chosen is None:
                     continue
                 event = chosen
+            if len(body) > self.max_event_bytes:
+                # Unopened, and of nobody: whose it is, only its tag says.
+                event = NewEvent(now, "", "", records.cut(event.body, now), STUB)
             if self._bytes >= MEMORY_BYTES:
                 if not self.dropped:
                     log.error("Memory for events is full and the journal is not taking any; dropping and counting")

@@ -26,10 +26,12 @@ from .bus import BusReader
 from .capture import Capture
 from .control import Argument, Control, Verb, socket_path
 from .database import Database
+from .decoder import Decoder
 from .errors import EngineError, SettingsError
 from .intake import Intake, Taken
 from .jobcache import JobCache
 from .journal import Caps, Journal
+from .large import LargeEvents, Setup, setup_of
 from .pillar import OwnPillar
 from .reconcile import Reconciler
 from .records import Selection
@@ -98,6 +100,13 @@ class Engine:
         )
         selection = self._selection()
         self._cache = JobCache(self._opts) if JobCache.is_kept(self._opts) else None
+        self._large = LargeEvents(
+            self._journal,
+            self._in_journal,
+            Decoder(self._setup()),
+            on_made=lambda events, size: self._large_writer.announce(events, size),
+            on_settled=lambda: self._writer.wake(),
+        )
         self._verifier = Verifier(
             self._journal,
             self._in_journal,
@@ -105,10 +114,28 @@ class Engine:
             self._in_cache,
             selection,
             on_confirmed=lambda events, size: self._writer.announce(events, size),
+            large=self._large,
         )
         self._writer = Writer(
-            self._journal, self._in_journal, self._verifier, self._database, selection, _limits(self._settings)
+            self._journal,
+            self._in_journal,
+            self._verifier,
+            self._database,
+            selection,
+            _limits(self._settings),
+            self._large,
         )
+        self._large_writer = Writer(
+            self._journal,
+            self._in_journal,
+            self._large,
+            self._database,
+            selection,
+            _limits(self._settings),
+            self._large,
+            beside=self._writer,
+        )
+        self._writers = (self._writer, self._large_writer)
         self._capture = Capture(
             self._journal,
             self._in_journal,
@@ -184,6 +211,8 @@ class Engine:
                 "capture": self._capture.run(),
                 "writer": self._writer.run(),
                 "verifier": self._verifier.run(),
+                "large events": self._large.run(),
+                "writer of large events": self._large_writer.run(),
                 "reconcile": self._reconciler.run() if self._reconciler else asyncio.Event().wait(),
                 "retention": self._retention.run(),
                 "tend": self._tend(),
@@ -259,7 +288,7 @@ class Engine:
                 "version": writer.server_version or None,
                 "failing": writer.failing,
                 "retries": writer.retries,
-                "conflicts": writer.conflicts,
+                "conflicts": sum(each.conflicts for each in self._writers),
                 "batches": dict(writer.batches),
                 "commit_lag_seconds": {
                     "p50": _percentile(lags, 0.50),
@@ -388,8 +417,9 @@ class Engine:
 
     async def tables_changed(self) -> dict[str, Any]:
         """Someone brought the tables to another shape: they are looked at before the next batch."""
-        self._writer.tables_known = False
-        self._writer.wake()
+        for writer in self._writers:
+            writer.tables_known = False
+            writer.wake()
         return {}
 
     async def _tend(self) -> None:
@@ -463,7 +493,7 @@ class Engine:
         self._database.connect_timeout = new.connect_timeout
         self._database.statement_timeout = new.statement_timeout
         selection = self._selection()
-        self._capture.selection = self._writer.selection = self._verifier.selection = selection
+        self._capture.selection = self._verifier.selection = selection
         self._journal.caps = Caps(
             new.journal_max_bytes,
             new.journal_max_age_hours * 3600,
@@ -472,6 +502,8 @@ class Engine:
         )
         self._verifier.enabled = self._cache is not None and new.verify_returns is not False
         self._verifier.wait_seconds = new.verify_wait_seconds
+        self._large.apply(self._setup())
+        self._capture.max_event_bytes = new.max_event_bytes
         self._verify_problem = ""
         if new.verify_returns is True and self._cache is None:
             self._verify_problem = (
@@ -487,20 +519,28 @@ class Engine:
         self._retention.partitions = new.partitions
         if {"retention_days", "archive", "partitions"}.intersection(changed):
             self._retention.retime()
-        self._writer.batcher.limits = _limits(new)
-        self._writer.create_tables = new.schema == "create"
-        self._writer.store_events = bool(new.events) or self._events_handed_off
-        self._writer.partitions = new.partitions
-        self._writer.tables_known = False
-        self._writer.wake()
+        for writer in self._writers:
+            writer.selection = selection
+            writer.batcher.limits = _limits(new)
+            writer.create_tables = new.schema == "create"
+            writer.store_events = bool(new.events) or self._events_handed_off
+            writer.partitions = new.partitions
+            writer.tables_known = False
+            writer.wake()
         if "pillar_refresh_seconds" in changed:
             self._retimed.set()
         if changed:
             log.info("New settings: %s", ", ".join(f"{name}={getattr(new, name)}" for name in changed))
 
     def _selection(self) -> Selection:
-        peers = self._opts.get("cluster_peers") or [] if self._opts.get("cluster_id") else None
-        return Selection(self._settings, master_id=self._opts["id"], peers=peers)
+        return Selection(self._settings, master_id=self._opts["id"], peers=self._peers)
+
+    @property
+    def _peers(self) -> list[str] | None:
+        return self._opts.get("cluster_peers") or [] if self._opts.get("cluster_id") else None
+
+    def _setup(self) -> Setup:
+        return setup_of(self._opts, self._settings, peers=self._peers, has_cache=self._cache is not None)
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:

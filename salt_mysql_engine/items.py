@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import records, sql
-from .records import Ignored, Opened, Record, Return, Selection
+from .records import Event, Ignored, Load, Opened, Record, Return, Selection
 from .stencil import Stencils
 
 log = logging.getLogger(__name__)
@@ -36,18 +36,46 @@ class Plain(NamedTuple):
         return record.ret
 
 
+class Fit(NamedTuple):
+    """What the tables take: ``alter_time``, ``failed``, four-byte characters, characters in ``fun``, ``event_key``."""
+
+    timed: bool
+    failed: bool
+    utf8mb4: bool
+    fun_characters: int
+    event_key: bool
+
+
+class Large(NamedTuple):
+    """What is kept of a large event beside its rows, which are made for tables that ``fit``.
+
+    ``key`` is a return's jid and minion, ``length`` and ``digest`` its value's, ``data`` what it says but for
+    the value; ``load`` is what was published.
+    """
+
+    key: tuple[str, str] | None
+    length: int
+    digest: str
+    trimmed: bool
+    load: Load | None
+    data: dict[str, Any] | None
+    event: Event | None
+    fit: Fit
+
+
 class Item(NamedTuple):
     """An event in a batch."""
 
     seq: int
     captured_at: float
-    outcome: Record | Plain | Ignored | None
+    outcome: Record | Plain | Large | Ignored | None
     return_row: bytes = b""
     event_row: bytes = b""
     size: int = 0
     """Bytes of SQL, about."""
     error: str = ""
-    """Why there is no outcome: a fault of ours, which makes the event a dead letter."""
+    """Why there is no outcome, which makes the event a dead letter, for this ``reason``."""
+    reason: str = "fault"
     confirmed: bytes | None = None
     """The event's bytes, where the job cache confirmed them."""
 

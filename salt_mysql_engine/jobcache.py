@@ -149,6 +149,8 @@ class JobCache:
                 found = self._returned(job, tag, data, patience)
         except _OverLimit as exc:
             return TooLarge(exc.size)
+        except (records.TooManyObjects, MemoryError):  # the decoder's own
+            raise
         except OSError as exc:
             return Unreadable(f"the job cache cannot be read: {exc}")
         except Exception:  # whatever a stranger made the master store, the next event must be looked at

@@ -53,6 +53,16 @@ _WARN_SHARE, _CALM_SHARE = 0.8, 0.6
 _DROP_ROWS = 256
 
 
+def _up_to(max_bytes: int) -> str:
+    # A body's length stands before it: SQLite does not read one that is not wanted.
+    return f"CASE WHEN LENGTH(body) > {max_bytes} THEN x'' ELSE body END"
+
+
+WHOLE_BYTES = 256 * 1024
+"""An event's body is large above this."""
+_SELECT = f"SELECT seq, captured_at, {_up_to(WHOLE_BYTES)}, state, LENGTH(body) FROM events"
+
+
 class Entry(NamedTuple):
     """An event on its way out."""
 
@@ -60,6 +70,8 @@ class Entry(NamedTuple):
     captured_at: float
     body: bytes
     state: int = UNCHECKED
+    size: int = 0
+    """Bytes of a body that was not read, being too large for that; else 0."""
 
 
 class Settlement(NamedTuple):
@@ -209,17 +221,15 @@ class Journal(MendedFile):
 
     @mended
     def read(self, *, after: int, rows: int, max_bytes: int, take: bool = True) -> list[Entry]:
-        """The oldest entries with a ``seq`` above ``after``: ``rows`` at most, and about ``max_bytes``.
+        """The oldest entries with a ``seq`` above ``after``: ``rows`` at most, and about ``max_bytes``; large ones
+        without their body.
 
         What was taken (``take``) is not dropped to make room until it is settled. Without ``take`` those that are
         confirmed are left out.
         """
         which = "" if take else f"state <> {CONFIRMED} AND "
         entries: list[Entry] = []
-        for row in self._db.execute(
-            f"SELECT seq, captured_at, body, state FROM events WHERE {which}seq > ? ORDER BY seq LIMIT ?",
-            (after, rows),
-        ):
+        for row in self._db.execute(f"{_SELECT} WHERE {which}seq > ? ORDER BY seq LIMIT ?", (after, rows)):
             entries.append(_entry(row))
             max_bytes -= len(row[2])
             if max_bytes <= 0:
@@ -235,14 +245,20 @@ class Journal(MendedFile):
         entries: list[Entry] = []
         looked = 0
         while looked < len(seqs) and max_bytes > 0:
-            row = self._db.execute(
-                "SELECT seq, captured_at, body, state FROM events WHERE seq = ?", (seqs[looked],)
-            ).fetchone()
+            row = self._db.execute(f"{_SELECT} WHERE seq = ?", (seqs[looked],)).fetchone()
             looked += 1
             if row is not None:
                 entries.append(_entry(row))
                 max_bytes -= len(row[2])
         return entries, looked
+
+    @mended
+    def read_whole(self, seq: int, max_bytes: int) -> Entry | None:
+        """An entry with its body, large or not; above ``max_bytes`` without it."""
+        row = self._db.execute(
+            f"SELECT seq, captured_at, {_up_to(max_bytes)}, state, LENGTH(body) FROM events WHERE seq = ?", (seq,)
+        ).fetchone()
+        return None if row is None else _entry(row)
 
     @mended
     def confirm(self, bodies: Mapping[int, bytes]) -> None:
@@ -514,10 +530,10 @@ class Journal(MendedFile):
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    seq, captured_at, body, state = row
+    seq, captured_at, body, state, size = row
     if type(body) is not bytes or type(captured_at) is not float or type(state) is not int:
         salvage.require(False, f"event {seq}")  # in here, for the text takes as long as the check
-    return Entry(seq, captured_at, body, state)
+    return Entry(seq, captured_at, body, state, 0 if body else size)
 
 
 def _by_reason(counters: Mapping[str, int], prefix: str) -> dict[str, int]:

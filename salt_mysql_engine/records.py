@@ -353,6 +353,22 @@ def stub(jid: str, minion: str, stored_at: float) -> bytes:
     return packed
 
 
+TOO_LARGE = "too_large"
+"""In a stub: the size of the event that it stands for, which was more than ``max_event_bytes``."""
+
+
+def cut(body: bytes, captured_at: float) -> bytes:
+    """A stub of an event that is too large to be kept: what its tag says, and how large it was."""
+    tag = body[: max(0, body.find(SEPARATOR, 0, MAX_TAG_BYTES))].decode(errors="replace")
+    job = parse_tag(tag)
+    data: dict[str, Any] = {"_stamp": utc(captured_at).isoformat(), TOO_LARGE: len(body)}
+    if job is not None:
+        data |= {"jid": job.jid, "id": job.minion}
+    packed = try_pack(tag, data)
+    assert packed is not None
+    return packed
+
+
 def minions_event(jid: str, minions: list[str]) -> bytes | None:
     """The event that adds minions to a job."""
     return try_pack(f"{_MINIONS_TAG}{jid}", {"jid": jid, "minions": minions})
@@ -386,13 +402,50 @@ def describe(body: bytes) -> dict[str, Any]:
     return {"bytes": base64.b64encode(body).decode()}
 
 
+class TooManyObjects(Exception):
+    """What was to be unpacked has more objects than :func:`limit_objects` lets pass."""
+
+
+_most_objects = 0
+
+
+def limit_objects(most: int) -> None:
+    """From now on this process unpacks nothing of more objects. Up to twice as many are made until that is known."""
+    global _most_objects
+    _most_objects = most
+
+
 def unpack(payload: bytes) -> Any:
     """What Salt packed (``salt.payload.dumps``).
 
     Raises:
         ValueError, TypeError, LookupError, RecursionError: it was not Salt.
+        TooManyObjects: see :func:`limit_objects`.
     """
+    if _most_objects:
+        return _unpack_some(payload, _most_objects)
     return msgpack.unpackb(payload, strict_map_key=False, unicode_errors="surrogateescape", ext_hook=_extension)
+
+
+def _unpack_some(payload: bytes, most: int) -> Any:
+    left = most
+
+    def count(container: Any) -> Any:
+        nonlocal left
+        left -= len(container) * (2 if isinstance(container, dict) else 1)
+        if left < 0:
+            raise TooManyObjects
+        return container
+
+    try:
+        return msgpack.unpackb(
+            payload, strict_map_key=False, unicode_errors="surrogateescape", ext_hook=_extension, object_hook=count,
+            list_hook=count, max_array_len=most, max_map_len=most // 2,
+        )  # fmt: skip
+    except ValueError as exc:
+        if "exceeds max_array_len" in str(exc) or "exceeds max_map_len" in str(exc):
+            raise TooManyObjects from exc
+        raise
 
 
 def is_trimmed(value: Any) -> bool:

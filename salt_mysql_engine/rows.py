@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from . import jsontext, records, sql
 from .database import Session
 from .errors import RowsRejected, ServerUnavailable
-from .items import Item, Plain
+from .items import Item, Large, Plain
 from .records import Load, Record, Return
 from .schema import Shape
+from .sql import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,17 @@ class Written(NamedTuple):
     written: int
     conflicts: int
     trimmed: int
+
+
+class _Said(NamedTuple):
+    """A return beside what stands: by its ``digest``, whole or as its row."""
+
+    key: tuple[str, str]
+    length: int
+    digest: str
+    trimmed: bool
+    whole: Return | None
+    row: bytes
 
 
 class Rows:
@@ -100,21 +112,21 @@ class Rows:
         any_trimmed = False
         for item in items:
             outcome = item.outcome
+            key: tuple[str, str] | None
             if isinstance(outcome, Plain):
                 key = outcome.key
             else:
-                assert isinstance(outcome, Record)
-                load, ret, event = outcome
-                if load is not None:
-                    loads.append(load)
-                if event is not None:
-                    (events if ret is None else extra_events).append(item)
-                elif ret is None and load is not None:
-                    of_loads.append(load.jid)
-                if ret is None:
+                assert isinstance(outcome, (Record, Large))
+                key = _key(item)
+                if outcome.load is not None:
+                    loads.append(outcome.load)
+                if outcome.event is not None:
+                    (events if key is None else extra_events).append(item)
+                elif key is None and outcome.load is not None:
+                    of_loads.append(outcome.load.jid)
+                if key is None:
                     continue
-                key = ret.jid, ret.id
-                any_trimmed = any_trimmed or ret.trimmed
+                any_trimmed = any_trimmed or self._said(item).trimmed
             if firsts.setdefault(key, item) is item:
                 of_jobs.setdefault(key[0], item)
             else:
@@ -127,7 +139,7 @@ class Rows:
         self._on_sending()
         inserted = await self._write_returns(firsts)
         if inserted < len(firsts) or repeated:
-            mended, conflicts = await self._compare([self._return(item) for item in [*firsts.values(), *repeated]])
+            mended, conflicts = await self._compare([self._said(item) for item in [*firsts.values(), *repeated]])
             written += mended
         await self._write_events(extra_events)
         inserted += await self._write_events(events)
@@ -135,8 +147,19 @@ class Rows:
 
     async def write_job_of(self, item: Item) -> None:
         """The row of ``jids`` that a return makes where none stands, and not the return."""
-        if isinstance(item.outcome, Plain) or (isinstance(item.outcome, Record) and item.outcome.ret is not None):
-            await self._write_loads([], {self._return(item).jid: item})
+        key = _key(item)
+        if key is not None:
+            await self._write_loads([], {key[0]: item})
+
+    def _said(self, item: Item) -> _Said:
+        """What an item's return is compared by."""
+        if isinstance(item.outcome, Large):
+            large = item.outcome
+            assert large.key is not None
+            return _Said(large.key, large.length, large.digest, large.trimmed, None, item.return_row)
+        ret = self._fitted(self._return(item))
+        text = ret.return_json
+        return _Said((ret.jid, ret.id), len(text), digest_of(text), ret.trimmed, ret, b"")
 
     def _return(self, item: Item) -> Return:
         """An item's return, whole."""
@@ -148,9 +171,16 @@ class Rows:
         return record.ret
 
     def _load_of_return(self, item: Item) -> dict[str, Any]:
-        if isinstance(item.outcome, Plain) and item.outcome.data is not None:
+        if isinstance(item.outcome, (Plain, Large)) and item.outcome.data is not None:
+            assert item.outcome.key is not None
             return records.load_of_return(item.outcome.key[1], item.outcome.data)
         return records.synthesised_load(self._return(item))
+
+    def _update(self, ret: _Said) -> bytes:
+        timed, failed = self._shape.alter_time, self._shape.failed
+        if ret.whole is None:
+            return sql.update_return_by_row(*ret.key, ret.row, timed=timed, failed=failed)
+        return sql.update_return(ret.whole, failed=failed)
 
     async def _write_returns(self, firsts: dict[tuple[str, str], Item]) -> int:
         keys = sorted(firsts)
@@ -165,10 +195,15 @@ class Rows:
         elif self._shape.failed:
             rows = [item.return_row for item in items]
         else:
-            rows = [sql.without_failed(item.return_row) for item in items]
+            rows = [
+                item.return_row if isinstance(item.outcome, Large) else sql.without_failed(item.return_row)
+                for item in items
+            ]
         return await self._insert(head, rows, sql.KEEP_RETURNS)
 
     def _fitted_row(self, item: Item) -> bytes:
+        if isinstance(item.outcome, Large):
+            return item.return_row
         ret = self._fitted(self._return(item))
         return sql.return_row(ret, timed=self._shape.alter_time, failed=self._shape.failed)
 
@@ -193,8 +228,8 @@ class Rows:
 
     async def _new_trimmed(self, items: list[Item]) -> int:
         """How many returns with a trimmed value, and no whole one beside it, have no row yet."""
-        rets = [self._return(item) for item in items]
-        keys = {(ret.jid, ret.id) for ret in rets if ret.trimmed} - {(r.jid, r.id) for r in rets if not r.trimmed}
+        rets = [self._said(item) for item in items]
+        keys = {ret.key for ret in rets if ret.trimmed} - {ret.key for ret in rets if not ret.trimmed}
         return len(keys) - len(await self._returned(sorted(keys)))
 
     async def _write_loads(self, loads: list[Load], of_jobs: dict[str, Item]) -> set[str]:
@@ -246,7 +281,7 @@ class Rows:
             return await self._insert(sql.INSERT_EVENTS, [item.event_row for item in items], sql.KEEP_EVENTS)
         rows = []
         for item in items:
-            assert isinstance(item.outcome, Record)
+            assert isinstance(item.outcome, (Record, Large))
             assert item.outcome.event is not None
             event = item.outcome.event._replace(data_json=self._text(item.outcome.event.data_json))
             if item.seq > self._uncertain_through or not await self._is_stored(event):
@@ -263,32 +298,32 @@ class Rows:
             new += await self._session.insert(statement)
         return new
 
-    async def _compare(self, returns: list[Return]) -> tuple[int, int]:
+    async def _compare(self, returns: list[_Said]) -> tuple[int, int]:
         """Returns beside what stands for their jid and minion: how many whole ones took a trimmed one's place, and
         how many others differ."""
-        returns = [self._fitted(ret) for ret in returns]
         stands: dict[tuple[str, str], tuple[int, bool]] = {}
-        for statement in sql.select_return_lengths(sorted({(ret.jid, ret.id) for ret in returns})):
+        for statement in sql.select_return_lengths(sorted({ret.key for ret in returns})):
             found = await self._session.query(statement)
             stands.update(
                 ((jid, id_), (int(length or 0), bool(is_cut))) for jid, id_, length, is_cut in reversed(found)
             )
         for ret in returns:
-            if (ret.jid, ret.id) not in stands:
+            key = ret.key
+            if key not in stands:
                 raise RowsRejected(
-                    f"{self._session.host}: the return of {ret.id!r} for jid {ret.jid} is kept out by another row, "
+                    f"{self._session.host}: the return of {key[1]!r} for jid {key[0]} is kept out by another row, "
                     "through a unique key that is not (jid, id) or a collation that takes both ids for one"
                 )
-        same = await self._same([ret for ret in returns if stands[ret.jid, ret.id][0] == len(ret.return_json)])
+        same = await self._same([ret for ret in returns if stands[ret.key][0] == ret.length])
         mended: set[tuple[str, str]] = set()
-        differing: list[Return] = []
+        differing: list[_Said] = []
         for ret in returns:
-            key = ret.jid, ret.id
-            if (*key, ret.return_json) in same:
+            key = ret.key
+            if (*key, ret.digest) in same:
                 continue
             _, trimmed = stands[key]
             if trimmed and not ret.trimmed and key not in mended:
-                await self._session.execute(sql.update_return(ret, failed=self._shape.failed))
+                await self._session.execute(self._update(ret))
                 mended.add(key)
             elif not ret.trimmed:
                 differing.append(ret)
@@ -296,28 +331,35 @@ class Rows:
             log.warning(
                 "%d returns differ from the one already stored, which stands; the first: jid %s, minion %s",
                 len(differing),
-                differing[0].jid,
-                differing[0].id,
+                *differing[0].key,
             )
         return len(mended), len(differing)
 
-    async def _same(self, returns: list[Return]) -> set[tuple[str, str, str]]:
-        """Those whose value is the one that stands: jid, minion, value. Only values of the same length are fetched, no
+    async def _same(self, returns: list[_Said]) -> set[tuple[str, str, str]]:
+        """Those whose value is the one that stands: jid, minion, digest. Only values of the same length are fetched, no
         more at a time than a batch may hold."""
         same: set[tuple[str, str, str]] = set()
-        page: dict[tuple[str, str], list[str]] = {}
+        page: set[tuple[str, str]] = set()
         size = 0
         for number, ret in enumerate(returns, 1):
-            page.setdefault((ret.jid, ret.id), []).append(ret.return_json)
-            size += len(ret.return_json)
+            page.add(ret.key)
+            size += ret.length
             if size < _PAGE_CHARACTERS and number < len(returns):
                 continue
             for statement in sql.select_values(sorted(page)):
                 for jid, id_, value in await self._session.query(statement):
                     text = value if isinstance(value, str) else bytes(value or b"").decode(errors="replace")
-                    same.update((jid, id_, each) for each in page.get((jid, id_), ()) if each == text)
-            page, size = {}, 0
+                    same.add((jid, id_, digest_of(text)))
+            page, size = set(), 0
         return same
+
+
+def _key(item: Item) -> tuple[str, str] | None:
+    """Whose return it is."""
+    outcome = item.outcome
+    if isinstance(outcome, Record):
+        return None if outcome.ret is None else (outcome.ret.jid, outcome.ret.id)
+    return outcome.key if isinstance(outcome, (Plain, Large)) else None
 
 
 def _parsed(text: Any) -> Any:

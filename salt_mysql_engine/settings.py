@@ -141,6 +141,22 @@ OPTIONS: dict[str, Option] = {
         3600.0,
         unit="seconds",
     ),
+    "max_event_bytes": Option(
+        16 * 1024 * 1024,
+        "The largest event that is opened, and the largest of a job's files in the job cache; its row may have twice "
+        "as much. What is larger is a dead letter, and the job cache still has it. The process that decodes large "
+        "events may take twelve times as much memory.",
+        1024 * 1024,
+        48 * 1024 * 1024,
+        unit="bytes",
+    ),
+    "max_event_objects": Option(
+        500_000,
+        "The most values in an event: what has more is a dead letter too.",
+        300_000,
+        50_000_000,
+        unit="objects",
+    ),
     "reconcile_interval_seconds": Option(
         600.0,
         "How often the master's job cache is compared with the database for what the bus did not bring; this also "
@@ -231,6 +247,8 @@ class Settings:
     events: list[str]
     verify_returns: str | bool
     verify_wait_seconds: float
+    max_event_bytes: int
+    max_event_objects: int
     reconcile_interval_seconds: float
     journal_max_bytes: int
     journal_max_age_hours: float

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import itertools
 import logging
 import sqlite3
@@ -30,10 +31,12 @@ import time
 from collections.abc import Awaitable, Callable, Container, Iterable
 from typing import Any, NamedTuple
 
-from . import records
+from . import decoder, records
+from .items import Item
 from .jobcache import Answer, JobCache, NotAsked, TooLarge, Unreadable
 from .journal import Entry, Journal, Settlement
 from .journalfile import CONFIRMED, STUB
+from .large import LargeEvents, is_large, too_large
 from .records import Ignored, Kind, Opened, Selection
 from .waits import is_set_within
 
@@ -42,6 +45,7 @@ log = logging.getLogger(__name__)
 _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.02, 0.1
 _LOOK_EVENTS = 1000
 _LOOK_BYTES = 8 * 1024 * 1024
+_AT_A_TIME_SECONDS = 0.01
 _MAX_DEFERRED = 100_000
 _CROWDED_SECONDS = 1.0
 """For so long one waits when so many wait that nothing more is read."""
@@ -61,6 +65,8 @@ class Checked(NamedTuple):
     entry: Entry
     event: Opened | Ignored
     error: str = ""
+    reason: str = "fault"
+    """Of the dead letter."""
 
 
 class Deferred(NamedTuple):
@@ -76,13 +82,15 @@ class _Look(NamedTuple):
     """What a look into the job cache found out about some entries.
 
     ``going_on`` keeps their order. ``absent`` are those that it does not hold (yet), ``unknown`` those of which it
-    cannot be asked now, ``left_over`` those of which it was not asked, having read enough.
+    cannot be asked now, ``left_over`` those of which it was not asked, having read enough; ``large`` those for which it
+    holds a file too large to be read here, and its size.
     """
 
     going_on: list[Entry | Checked]
     absent: list[Checked]
     unknown: list[Checked]
     left_over: list[Checked]
+    large: list[tuple[int, int]]
 
 
 class Verifier:
@@ -100,6 +108,7 @@ class Verifier:
         selection: Selection,
         *,
         on_confirmed: Callable[[int, int], None],
+        large: LargeEvents,
     ) -> None:
         self.selection = selection
         self.enabled = cache is not None
@@ -113,6 +122,10 @@ class Verifier:
         self._cache = cache
         self._in_cache = in_cache
         self._on_confirmed = on_confirmed
+        self._large = large
+        large.on_looked = self._end_large
+        self._looked_for: dict[int, Deferred] = {}
+        """Of what was deferred, that which the decoder looks for now."""
         self._deferred: dict[int, Deferred] = {}
         """In the order in which they are looked for next."""
         self._again: collections.deque[int] = collections.deque()
@@ -127,14 +140,14 @@ class Verifier:
     @property
     def waiting(self) -> int:
         """Events that wait for the job cache."""
-        return len(self._deferred)
+        return len(self._deferred) + len(self._looked_for)
 
     @property
     def deferred(self) -> Container[int]:
         """The same by their ``seq``: the writer is not behind with these."""
-        return self._deferred.keys()
+        return {*self._deferred, *self._looked_for}
 
-    async def read(self, *, after: int, rows: int, max_bytes: int) -> tuple[list[Entry | Checked], int, bool]:
+    async def read(self, *, after: int, rows: int, max_bytes: int) -> tuple[list[Entry | Checked | Item], int, bool]:
         """The next events that may become rows, the ``seq`` up to which was read, and whether that was all there is.
 
         Raises:
@@ -148,22 +161,72 @@ class Verifier:
             entries: list[Entry] = await self._in_journal(
                 lambda: self._journal.read(after=after, rows=rows, max_bytes=max_bytes)
             )
-            look = await self._look_at([entry for entry in entries if entry.seq not in self._deferred])
+            look = await self.look_at(self._small(entries))
             self._defer(look)
             self._again.extend(each.entry.seq for each in look.left_over)
         last = entries[-1].seq if entries else after
         all_read = len(entries) < rows and sum(len(entry.body) for entry in entries) < max_bytes and not self._again
-        return look.going_on, last, all_read
+        return [*look.going_on], last, all_read
 
-    async def _read_again(self, rows: int, max_bytes: int) -> list[Entry | Checked]:
+    def _small(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Those to be looked at here, and now; the others get into line."""
+        small: list[Entry] = []
+        for entry in entries:
+            if entry.seq in self._deferred or entry.seq in self._large:
+                continue
+            if not is_large(entry):
+                small.append(entry)
+            elif entry.state == CONFIRMED or (self._cache is None and entry.state != STUB):
+                self._large.make(entry.seq)
+            else:
+                self._large.look_for(entry.seq, self.wait_seconds / 2)
+        return small
+
+    async def _end_large(self, entry: Entry, answer: decoder.Answer, is_over: bool) -> None:
+        """What the job cache has of a large event; of that ``entry`` has the tag."""
+        async with self._reading:
+            seq, (said, *more) = entry.seq, answer.said
+            deferred = self._looked_for.pop(seq, None)
+            if said in ("absent", "unknown"):
+                await self._end_large_wait(entry, deferred, is_unknown=said == "unknown", is_over=is_over)
+            elif said == "confirmed":
+                self.corrected += more[0]
+                await self._settle({seq: answer.body}, {}, {})
+                if seq <= self._journal.taken_through:
+                    self._large.make(seq)
+            elif said == "ignored":
+                await self._settle({}, {seq: more[0]}, {})
+            else:
+                await self._settle({}, {}, {seq: (more[0], more[1])})
+        self._on_confirmed(0, 0)
+
+    async def _end_large_wait(
+        self, entry: Entry, deferred: Deferred | None, *, is_unknown: bool, is_over: bool
+    ) -> None:
+        now = time.monotonic()
+        event = records.opened(entry.body.partition(records.SEPARATOR)[0].decode(errors="replace"), {})
+        if deferred is None:
+            assert event.job is not None
+            deferred = self._deferred_of(entry.seq, event.job, now)
+        if is_unknown:
+            deferred = deferred._replace(since=now)
+        elif is_over and not self.enabled and entry.state != STUB:  # what Salt has trimmed is stored as it is
+            self._large.make(entry.seq)
+            return
+        self._deferred[entry.seq] = deferred
+        self._some_wait.set()
+        if is_over and not is_unknown:
+            await self._end_some(_Look([], [Checked(entry, event)], [], [], []), {entry.seq})
+
+    async def _read_again(self, rows: int, max_bytes: int) -> list[Entry | Checked | Item]:
         seqs = list(itertools.islice(self._again, rows))
         entries, looked = await self._in_journal(self._journal.read_these, seqs, max_bytes)
-        look = await self._look_at(entries)
+        look = await self.look_at(self._small(entries))
         for _ in range(looked):
             self._again.popleft()
         self._defer(look)
         self._again.extendleft(each.entry.seq for each in reversed(look.left_over))
-        return look.going_on
+        return [*look.going_on]
 
     async def run(self) -> None:
         """Looks again for what waits, and ahead of the writer while it is behind; until cancelled."""
@@ -186,21 +249,26 @@ class Verifier:
                 if await is_set_within(self._some_wait, max(_LOOK_SECONDS, ahead_at - loop.time())):
                     await asyncio.sleep(_FIRST_LOOK_SECONDS)
 
-    async def _look_at(self, entries: Iterable[Entry], patience: float | None = None) -> _Look:
+    async def look_at(self, entries: Iterable[Entry], patience: float | None = None) -> _Look:
         """Which entries go on, and as what. An entry goes on as it is where nobody had to look into it.
 
         ``patience``: for how many seconds a file that does not come is taken for one that is being written.
         """
-        opened = [self._sure(_open(entry)) if self._may_need_look(entry) else entry for entry in entries]
+        opened: list[Entry | Checked] = []
+        breath = _Breath()
+        for entry in entries:
+            opened.append(self._sure(_open(entry)) if self._may_need_look(entry) else entry)
+            await breath.taken()
         looked = [each for each in opened if isinstance(each, Checked) and self._needs_look(each)]
         if not looked:
-            return _Look(opened, [], [], [])
+            return _Look(opened, [], [], [], [])
         # Half the time that an event has: what lacks a file that never comes must not become a dead letter for that.
         patience = self.wait_seconds / 2 if patience is None else patience
         answers = await self._ask([each.event for each in looked if isinstance(each.event, Opened)], patience)
         found = {each.entry.seq: answer for each, answer in zip(looked, answers, strict=True)}
-        look = _Look([], [], [], [])
+        look = _Look([], [], [], [], [])
         for each in opened:
+            await breath.taken()
             if not isinstance(each, Checked) or each.entry.seq not in found:
                 look.going_on.append(each)
                 continue
@@ -211,7 +279,9 @@ class Verifier:
             elif isinstance(answer, Ignored):
                 may_go_on = not self.enabled and each.entry.state != STUB
                 look.going_on.append(each if may_go_on else each._replace(event=answer))
-            elif isinstance(answer, (Unreadable, TooLarge)):
+            elif isinstance(answer, TooLarge):
+                look.large.append((each.entry.seq, answer.size))
+            elif isinstance(answer, Unreadable):
                 look.unknown.append(each)
             elif isinstance(answer, NotAsked):
                 look.left_over.append(each)
@@ -222,7 +292,8 @@ class Verifier:
     async def _ask(self, events: list[Opened], patience: float) -> list[Answer]:
         if self._cache is None:
             return [None] * len(events)
-        answers: list[Answer] = await self._in_cache(self._cache.confirm, events, patience)
+        confirm = functools.partial(self._cache.confirm, max_bytes=self._large.file_bytes)
+        answers: list[Answer] = await self._in_cache(confirm, events, patience)
         trouble = next((answer.error for answer in answers if isinstance(answer, Unreadable)), "")
         if trouble and not self.trouble:
             log.error("%s. Events wait in the journal until it can be read.", trouble)
@@ -254,6 +325,10 @@ class Verifier:
     def _sure(self, checked: Checked) -> Checked:
         """What is no row of a job by its own words stays none, whatever the settings are by the time it is written."""
         event = checked.event
+        if isinstance(event, Opened) and checked.entry.state == STUB:
+            size, most = event.data.get(records.TOO_LARGE, 0), self._large.limits.max_bytes
+            if size and (size > most or event.job is None):
+                return Checked(checked.entry, Ignored.TOO_LONG, too_large(size, most), "too_large")
         if not isinstance(event, Opened) or checked.entry.state == STUB or not self.enabled:
             return checked
         if self.selection.is_of_peer(event.data):
@@ -289,10 +364,15 @@ class Verifier:
         for each in (*look.absent, *look.unknown):
             job = each.event.job if isinstance(each.event, Opened) else None
             assert job is not None
-            minion = self.selection.master_id if job.kind in records.MASTER_RETURNS else job.minion
-            self._deferred[each.entry.seq] = Deferred(each.entry.seq, job.jid, minion, now)
+            self._deferred[each.entry.seq] = self._deferred_of(each.entry.seq, job, now)
+        for seq, _ in look.large:
+            self._large.look_for(seq, self.wait_seconds / 2)
         if look.absent or look.unknown:
             self._some_wait.set()
+
+    def _deferred_of(self, seq: int, job: records.Tag, since: float) -> Deferred:
+        minion = self.selection.master_id if job.kind in records.MASTER_RETURNS else job.minion
+        return Deferred(seq, job.jid, minion, since)
 
     async def _look_again(self) -> None:
         """Looks for the next of those that wait; each comes round several times before its time is over."""
@@ -315,13 +395,20 @@ class Verifier:
                 old: list[Entry] = []
                 for entry in entries:
                     is_young = now - self._deferred[entry.seq].since < self.wait_seconds / 2
-                    (young if is_young else old).append(entry)
-                await self._end_some(await self._look_at(young), over)
-                await self._end_some(await self._look_at(old, 0.0), over)
+                    if is_large(entry):
+                        self._to_decoder(entry.seq, is_young=is_young, is_over=entry.seq in over)
+                    else:
+                        (young if is_young else old).append(entry)
+                await self._end_some(await self.look_at(young), over)
+                await self._end_some(await self.look_at(old, 0.0), over)
+
+    def _to_decoder(self, seq: int, *, is_young: bool, is_over: bool) -> None:
+        self._looked_for[seq] = self._deferred.pop(seq)
+        self._large.look_for(seq, self.wait_seconds / 2 if is_young else 0.0, is_over=is_over)
 
     async def _end_some(self, look: _Look, over: set[int]) -> None:
         """Ends the wait of those that the cache holds, and of those whose time is ``over``."""
-        confirmed, ignored, dead = _sorted_out(look.going_on)
+        confirmed, ignored, dead = sorted_out(look.going_on)
         for each in look.absent:
             seq = each.entry.seq
             if seq not in over:
@@ -333,6 +420,9 @@ class Verifier:
             else:  # what Salt has trimmed is stored as it is
                 confirmed[seq] = each.entry.body
         now = time.monotonic()
+        for seq, _ in look.large:
+            is_young = now - self._deferred[seq].since < self.wait_seconds / 2
+            self._to_decoder(seq, is_young=is_young, is_over=seq in over)
         for each in look.unknown:  # their time begins when the cache can be read
             self._deferred[each.entry.seq] = self._deferred[each.entry.seq]._replace(since=now)
         await self._settle(confirmed, ignored, dead)
@@ -377,9 +467,9 @@ class Verifier:
             entries = list(itertools.takewhile(lambda entry: _may_be_forgotten(entry, now), entries))
             if not entries or len(self._deferred) >= _MAX_DEFERRED:
                 return False
-            look = await self._look_at(entry for entry in entries if entry.seq not in self._deferred)
+            look = await self.look_at(self._small(entries))
             taken = self._journal.taken_through
-            confirmed, ignored, dead = _sorted_out(look.going_on)
+            confirmed, ignored, dead = sorted_out(look.going_on)
             await self._settle(
                 confirmed,
                 {seq: why for seq, why in ignored.items() if seq > taken},
@@ -406,9 +496,24 @@ class Verifier:
         log.warning(message)
 
 
+class _Breath:
+    """Lets everybody else have a turn from time to time."""
+
+    def __init__(self) -> None:
+        self._until = time.monotonic() + _AT_A_TIME_SECONDS
+
+    async def taken(self) -> None:
+        """Between two pieces of work."""
+        if time.monotonic() >= self._until:
+            await asyncio.sleep(0)
+            self._until = time.monotonic() + _AT_A_TIME_SECONDS
+
+
 def _open(entry: Entry) -> Checked:
     try:
         return Checked(entry, records.open_event(entry.body))
+    except records.TooManyObjects:
+        raise
     except Exception as exc:
         log.exception("An event cannot be taken apart, and goes to the dead letters")
         return Checked(entry, Ignored.UNDECODABLE, f"{type(exc).__name__}: {exc}")
@@ -419,7 +524,7 @@ def _may_be_forgotten(entry: Entry, now: float) -> bool:
     return entry.state == STUB or not 0.0 <= now - entry.captured_at < _AHEAD_AGE_SECONDS
 
 
-def _sorted_out(
+def sorted_out(
     going_on: Iterable[Entry | Checked],
 ) -> tuple[dict[int, bytes], dict[int, str], dict[int, tuple[str, str]]]:
     """By ``seq``: the bytes of what is confirmed, why others are ignored, and (reason, error) of dead letters."""
@@ -431,7 +536,7 @@ def _sorted_out(
         if isinstance(each, Entry):
             confirmed[entry.seq] = entry.body
         elif each.error:
-            dead[entry.seq] = "fault", each.error
+            dead[entry.seq] = each.reason, each.error
         elif isinstance(each.event, Ignored):
             ignored[entry.seq] = each.event.value
         elif each.event.job is None and entry.state != CONFIRMED:  # a row of events, and of nothing else

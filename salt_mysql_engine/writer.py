@@ -25,8 +25,8 @@ import logging
 import random
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from . import moments, records, schema
 from .batcher import Batcher, Limits
@@ -44,11 +44,12 @@ from .errors import (
     TransactionAborted,
     Verdict,
 )
-from .items import Item, Maker, Plain
+from .items import Fit, Item, Large, Maker, Plain
 from .journal import Entry, Journal, Settlement
 from .journalfile import CONFIRMED
+from .large import LargeEvents
 from .rows import Rows
-from .verify import Checked, Verifier
+from .verify import Checked
 from .waits import is_set_within
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ _FAULT_SECONDS = 1.0
 _MOST_KNOWN_JOBS = 10_000
 _KNOWN_SECONDS = 3600.0
 """A job that began longer ago may be purged between two of its returns, by any master: it is asked for each time."""
+_REST_SECONDS = 10.0
+_LOOK_AGAIN_SECONDS = 0.01
 LOOK_AT_TABLES_SECONDS = 60.0
 """How often the tables' shape is looked at: someone may migrate them meanwhile."""
 HOME_PROBE_SECONDS = 30.0
@@ -87,17 +90,32 @@ class _RowsFault(Exception):
     """Rows could not be put together, for a reason that nobody expects."""
 
 
+class Source(Protocol):
+    """Where a writer gets its events from; see :meth:`Verifier.read`."""
+
+    async def read(
+        self, *, after: int, rows: int, max_bytes: int
+    ) -> tuple[Sequence[Entry | Checked | Item], int, bool]: ...
+
+
 class Writer:
-    """The only one who talks to the server about rows."""
+    """The only one who talks to the server about rows. There are two: a row of megabytes takes the server a second, in
+    which no other must wait, and so the rows of large events have a writer with a session of its own (``beside``),
+    which ends when it has nothing to do. It says nothing of a server that is away, and where it gets no session it has
+    the other one write its rows.
+    """
 
     def __init__(
         self,
         journal: Journal,
         in_journal: InJournal,
-        verifier: Verifier,
+        source: Source,
         database: Database,
         selection: records.Selection,
         limits: Limits,
+        large: LargeEvents,
+        *,
+        beside: Writer | None = None,
     ) -> None:
         self.selection = selection
         self.batcher: Batcher[Item] = Batcher(limits)
@@ -123,7 +141,11 @@ class Writer:
         self.server_host = ""
         self._journal = journal
         self._in_journal = in_journal
-        self._verifier = verifier
+        self._source = source
+        self._beside = beside
+        self._refused = False
+        """Whether we got no session the last time."""
+        self._large = large
         self._database = database
         self._session: Session | None = None
         self._session_in_use = asyncio.Lock()
@@ -162,6 +184,15 @@ class Writer:
         """Look again: there are new limits."""
         self._news.set()
 
+    def adopt(self, batch: list[Item]) -> bool:
+        """Takes what another writer cannot write; whether there is a session for it."""
+        if self._session is None or not self._session.usable:
+            return False
+        for item in batch:
+            self.batcher.add(item, size=item.size, since=asyncio.get_running_loop().time())
+        self._news.set()
+        return True
+
     def announce(self, events: int, size: int) -> None:
         """``events`` more are in the journal. They are fetched when they fill the batch, or when it is due."""
         self._unread += events
@@ -183,6 +214,7 @@ class Writer:
             if oldest is None or oldest > last:
                 return
             await self._settled.wait()
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)  # it may wait for the job cache, or for the decoder
 
     async def query(self, statement: bytes | str) -> list[tuple[Any, ...]]:
         """Asks something on the writer's own session, between two batches: for who gets no session of its own.
@@ -256,7 +288,7 @@ class Writer:
             return False
         caught_up: bool
         events, cursor, caught_up = await self._journalled(
-            functools.partial(self._verifier.read, after=self._cursor, rows=room.batch_size, max_bytes=room.batch_bytes)
+            functools.partial(self._source.read, after=self._cursor, rows=room.batch_size, max_bytes=room.batch_bytes)
         )
         items = await self._made(events)
         now, wall = loop.time(), time.time()
@@ -269,6 +301,11 @@ class Writer:
     async def _wait(self, deadline: float | None) -> None:
         """Until there is news or the deadline comes: one wake-up and one timer, no polling."""
         if deadline is None:
+            if self._beside is not None and not await is_set_within(self._news, _REST_SECONDS) and not self._delivering:
+                await self._drop_probe()
+                if self._session is not None:
+                    self._session.close()
+                    self._session = None
             await self._news.wait()
             return
         handle = asyncio.get_running_loop().call_at(deadline, self._news.set)
@@ -277,19 +314,24 @@ class Writer:
         finally:
             handle.cancel()
 
-    async def _made(self, events: list[Entry | Checked]) -> list[Item]:
+    async def _made(self, events: Sequence[Entry | Checked | Item]) -> list[Item]:
         if self._maker.selection is not self.selection:
             self._maker = Maker(self.selection, self._journal.event_key)
         items: list[Item] = []
         until = time.monotonic() + _AT_A_TIME_SECONDS
         for each in events:
-            entry, event, error = (each, None, "") if isinstance(each, Entry) else each
-            item = self._maker.make(entry.seq, entry.captured_at, entry.body, event, error)
-            items.append(item._replace(confirmed=entry.body) if entry.state == CONFIRMED else item)
+            items.append(each if isinstance(each, Item) else self._item(each))
             if time.monotonic() >= until:
                 await asyncio.sleep(0)
                 until = time.monotonic() + _AT_A_TIME_SECONDS
         return items
+
+    def _item(self, each: Entry | Checked) -> Item:
+        entry, event, error, reason = (each, None, "", "") if isinstance(each, Entry) else each
+        item = self._maker.make(entry.seq, entry.captured_at, entry.body, event, error)
+        if reason and error:
+            return item._replace(reason=reason)
+        return item._replace(confirmed=entry.body) if entry.state == CONFIRMED else item
 
     async def _deliver(self, batch: list[Item]) -> None:
         """Writes a batch and settles it, however long that takes."""
@@ -323,6 +365,9 @@ class Writer:
                         continue
                     if not isinstance(exc, (TransactionAborted, TooMuch)):
                         self._database.failed(session.host)
+                if self._refused and self._beside is not None and self._beside.adopt(batch):
+                    self._server_works.set()
+                    return
                 await self._back_off(exc, attempt)
                 attempt += 1
                 if isinstance(exc, AnswerTimeout) and attempt > 1 and len(batch) > 1:
@@ -349,11 +394,11 @@ class Writer:
                 attempt += 1
                 continue
             self._faults_in_a_row = 0
-            if self.failing:
+            if self.failing and self._beside is None:
                 log.warning("The database at %s takes rows again", self.server_host)
-                self.failing = False
+            self.failing = False
             self.away, self.committed_at = False, time.monotonic()
-            dead = {item.seq: ("fault", item.error) for item in batch if item.error}
+            dead = {item.seq: (item.reason, item.error) for item in batch if item.error}
             await self._settle(_settlement(batch, fates, dead))
             now = time.time()
             self.lags.extend(max(0.0, now - item.captured_at) for item in batch)
@@ -385,6 +430,7 @@ class Writer:
         except Exception:  # what it was about stays in the journal until the next start, and is written once more then
             self.faults += 1
             log.exception("What became of a batch cannot be put into the journal")
+        self._large.settled(settlement.seqs)
 
     @property
     def _is_settled(self) -> bool:
@@ -418,6 +464,8 @@ class Writer:
         if str(exc) == self._said and time.monotonic() < self._say_again_at:
             return
         self._said, self._say_again_at = str(exc), time.monotonic() + _SAY_AGAIN_SECONDS
+        if self._beside is not None:  # which says the same
+            return
         waiting = "events wait in the journal, nothing is lost"
         if isinstance(exc, OperatorNeeded):
             log.error("The database needs a person: %s (%s)", exc, waiting)
@@ -426,7 +474,7 @@ class Writer:
 
     async def _write(self, batch: list[Item]) -> dict[str, int]:
         """One transaction. Gives the number of events by fate."""
-        rows = [item for item in batch if isinstance(item.outcome, (Plain, records.Record))]
+        rows = [item for item in batch if isinstance(item.outcome, (Plain, Large, records.Record))]
         ignored: collections.Counter[str] = collections.Counter()
         if len(rows) < len(batch):
             ignored.update(
@@ -437,6 +485,7 @@ class Writer:
         if not self.store_events and any(item.event_row for item in rows):  # from before the settings changed
             self.store_events, self.tables_known = True, False
         session = await self._ready()
+        rows = [await self._large.fitted(item) for item in rows]
         into = self._rows(session)
         await into.begin()
         try:
@@ -508,7 +557,9 @@ class Writer:
         if session is not None and session.usable:
             session = await self._come_home(session)
         else:
+            self._refused = True
             session = await self._use(await self._database.open())
+            self._refused = False
         if not self.tables_known or asyncio.get_running_loop().time() >= self._look_at:
             self.tables_known = True  # somebody may say meanwhile that they changed
             try:
@@ -518,6 +569,10 @@ class Writer:
             except BaseException:
                 self.tables_known = False
                 raise
+            characters = min(self._shape.fun_characters, records.MAX_FUN_CHARACTERS)
+            self._large.fit = Fit(
+                self._shape.alter_time, self._shape.failed, self._shape.utf8mb4, characters, self._shape.event_key
+            )
             self._look_at = asyncio.get_running_loop().time() + LOOK_AT_TABLES_SECONDS
             self._say_if_old(session, self._shape)
             if created:

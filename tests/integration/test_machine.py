@@ -31,6 +31,7 @@ from salt_mysql_engine.capture import Capture
 from salt_mysql_engine.errors import OperatorNeeded, RowsRejected, ServerUnavailable
 from salt_mysql_engine.jobcache import JobCache
 from salt_mysql_engine.journal import Journal
+from salt_mysql_engine.large import LargeEvents
 from salt_mysql_engine.records import Selection
 from salt_mysql_engine.verify import Verifier
 from salt_mysql_engine.writer import Writer
@@ -269,13 +270,15 @@ class EngineAgainstAModel(RuleBasedStateMachine):
         self.full = False
         chosen = Selection(settings.combine({}, {}), master_id=self.cache.master)
         cache = JobCache({"cachedir": str(self.cache.cachedir), "id": self.cache.master})
+        nobody: Any = None  # no event here is large
+        large = LargeEvents(self.journal, self.at_once, nobody, on_made=lambda _, __: None)
         self.verifier = Verifier(
             self.journal, self.at_once, cache, self.at_once, chosen,
-            on_confirmed=lambda events, size: self.writer.announce(events, size),
+            on_confirmed=lambda events, size: self.writer.announce(events, size), large=large,
         )  # fmt: skip
         self.verifier.enabled = self.verifying
         database: Any = FakeDatabase(self.store)
-        self.writer = Writer(self.journal, self.at_once, self.verifier, database, chosen, self.limits)
+        self.writer = Writer(self.journal, self.at_once, self.verifier, database, chosen, self.limits, large)
         self.capture = Capture(self.journal, self.at_once, chosen, on_append=self.writer.announce)
         self.tasks = [self.loop.create_task(self.writer.run()), self.loop.create_task(self.verifier.run())]
         self.run_for(0.0)

@@ -26,9 +26,11 @@ from salt_mysql_engine.batcher import Limits
 from salt_mysql_engine.capture import Capture
 from salt_mysql_engine.control import Control, socket_path
 from salt_mysql_engine.database import Database, Session
+from salt_mysql_engine.decoder import Decoder
 from salt_mysql_engine.intake import Intake, Taken
 from salt_mysql_engine.jobcache import JobCache
 from salt_mysql_engine.journal import Journal, NewEvent
+from salt_mysql_engine.large import LargeEvents, setup_of
 from salt_mysql_engine.reconcile import Reconciler
 from salt_mysql_engine.records import Kind, Opened, Selection, open_event, parse_tag
 from salt_mysql_engine.settings import Connection
@@ -88,6 +90,17 @@ class Shipping:
         cache = None
         if cachedir is not None:
             cache = JobCache({"cachedir": str(cachedir), "id": master, "hash_type": "sha256"})
+        opts = {"id": master, "cachedir": str(cachedir), "hash_type": "sha256"}
+        setup = setup_of(opts, chosen, peers=None, has_cache=cachedir is not None)
+        self.decoder = Decoder(setup)
+        self.large = LargeEvents(
+            self.journal,
+            self._in_journal,
+            self.decoder,
+            on_made=lambda events, size: self.large_writer.announce(events, size),
+            on_settled=lambda: self.writer.wake(),
+        )
+        self.large.apply(setup)
         self.verifier = Verifier(
             self.journal,
             self._in_journal,
@@ -95,14 +108,29 @@ class Shipping:
             self._in_cache,
             selection,
             on_confirmed=lambda events, size: self.writer.announce(events, size),
+            large=self.large,
         )
         self.verifier.enabled = cachedir is not None and chosen.verify_returns is not False
         self.verifier.wait_seconds = chosen.verify_wait_seconds
-        self.writer = Writer(self.journal, self._in_journal, self.verifier, self.database, selection, limits)
-        self.writer.create_tables = chosen.schema == "create"
-        self.writer.store_events = bool(chosen.events)
-        self.writer.partitions = chosen.partitions
+        self.writer = Writer(
+            self.journal, self._in_journal, self.verifier, self.database, selection, limits, self.large
+        )
+        self.large_writer = Writer(
+            self.journal,
+            self._in_journal,
+            self.large,
+            self.database,
+            selection,
+            limits,
+            self.large,
+            beside=self.writer,
+        )
+        for writer in (self.writer, self.large_writer):
+            writer.create_tables = chosen.schema == "create"
+            writer.store_events = bool(chosen.events)
+            writer.partitions = chosen.partitions
         self.capture = Capture(self.journal, self._in_journal, selection, on_append=self.writer.announce)
+        self.capture.max_event_bytes = chosen.max_event_bytes
         self._handed_off = handed_off
         self.teller = Teller(
             self.journal, self._in_journal, self.intake, self._take, self.writer, handed_off=handed_off
@@ -131,6 +159,7 @@ class Shipping:
     async def __aenter__(self) -> Shipping:
         await self._in_journal(self.journal.open)
         self._beside.append(asyncio.create_task(self.verifier.run(), name="verifier"))
+        self._beside.append(asyncio.create_task(self.large.run(), name="large events"))
         if self.reconciler is not None:
             self._beside.append(asyncio.create_task(self.reconciler.run(), name="reconciler"))
         if self._handed_off:
@@ -141,6 +170,7 @@ class Shipping:
             await self.until(socket.exists)
         if not self._paused:
             self._task = asyncio.create_task(self.writer.run(), name="writer")
+            self._beside.append(asyncio.create_task(self.large_writer.run(), name="writer of large events"))
         return self
 
     async def __aexit__(

@@ -106,7 +106,7 @@ def test_what_is_appended_is_read_back_oldest_first_as_it_was(journal: Journal) 
     given = [NewEvent(n / 7, "j", "m", bytes([n]) * n, STATES[n % 3]) for n in range(256)]
     journal.append(given)
     entries = everything(journal)
-    assert [entry[1:] for entry in entries] == [(event.captured_at, event.body, event.state) for event in given]
+    assert [entry[1:4] for entry in entries] == [(event.captured_at, event.body, event.state) for event in given]
     assert (journal.pending, journal.oldest(), journal.oldest_seq()) == (256, 0.0, entries[0].seq)
     assert journal.newest_seq() == entries[-1].seq
 
@@ -353,7 +353,7 @@ class JournalAgainstADict(RuleBasedStateMachine):
     def came(self, given: list[NewEvent]) -> None:
         """These are new in the line, behind all others, under numbers never used before."""
         new = everything(self.journal, after=self.highest)
-        assert [entry[1:] for entry in new] == [(event.captured_at, event.body, event.state) for event in given]
+        assert [entry[1:4] for entry in new] == [(event.captured_at, event.body, event.state) for event in given]
         for entry, event in zip(new, given, strict=True):
             assert entry.seq > self.highest, "a seq was used again"
             self.highest = entry.seq
@@ -902,7 +902,7 @@ def test_a_dead_letter_that_is_retried_has_the_state_that_it_had_unless_it_is_tr
         assert journal.retry_dead_letters(None, trusted=trusted) == 6
     else:
         assert [journal.retry_dead_letters(seq, trusted=trusted) for seq in seqs] == [1] * 6
-    assert [entry[1:] for entry in everything(journal)] == [
+    assert [entry[1:4] for entry in everything(journal)] == [
         (event.captured_at, event.body, CONFIRMED if trusted and event.state != STUB else event.state)
         for event in given
     ]
@@ -926,7 +926,7 @@ def test_a_dead_letter_that_was_confirmed_need_not_be_looked_for_once_more(journ
         (seqs[2], CONFIRMED, bytes(10_000)),
     ]
     assert journal.retry_dead_letters(seqs[0], trusted=False) == 1
-    assert [entry[2:] for entry in everything(journal)] == [(b"as the cache has it", CONFIRMED)]
+    assert [entry[2:4] for entry in everything(journal)] == [(b"as the cache has it", CONFIRMED)]
     assert (journal.books()["written"], journal.pending, balance(journal)) == (1, 1, 0)
 
 
@@ -1139,7 +1139,7 @@ def works_on(journal: Journal, then: list[tuple[int, int]]) -> None:
     seqs = [seq for seq, _ in then]
     journal.confirm({seqs[0]: b"confirmed"})
     assert journal.read_these(seqs[:1], 1) == ([everything(journal)[0]], 1)
-    assert everything(journal)[0][2:] == (b"confirmed", CONFIRMED)
+    assert everything(journal)[0][2:4] == (b"confirmed", CONFIRMED)
     journal.set_note("name", "value")
     journal.set_mark("name", 1.5)
     assert (journal.note("name"), journal.mark("name")) == ("value", 1.5)

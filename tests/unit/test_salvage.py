@@ -68,7 +68,7 @@ def everything(journal: Journal) -> list[Entry]:
 def holdings(journal: Journal) -> dict[str, dict[int, tuple[object, ...]]]:
     """What the journal holds, by table and ``seq``, as its readers see it."""
     return {
-        "events": {entry.seq: tuple(entry) for entry in everything(journal)},
+        "events": {entry.seq: entry[:4] for entry in everything(journal)},
         "dead_letters": {letter.seq: tuple(letter) for letter in journal.dead_letters(limit=10**6)},
     }
 
@@ -525,7 +525,7 @@ def test_a_read_by_numbers_that_meets_damage_gives_what_the_salvage_saved(opened
     gone = damage_while_open(opened, "events", leaf=2)
     entries, looked = opened.read_these(list(held), 10**9)
     assert looked == EVENTS
-    assert [tuple(entry) for entry in entries] == [row for seq, row in held.items() if seq not in gone]
+    assert [entry[:4] for entry in entries] == [row for seq, row in held.items() if seq not in gone]
     assert (lost(opened), balance(opened)) == (len(gone), 0)
     assert opened.taken_through == 0
 

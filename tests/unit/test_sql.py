@@ -186,3 +186,14 @@ def test_the_schema_file_creates_each_table_with_the_columns_that_are_written() 
         assert ";" not in statement
         assert all(f"\n    `{column}` " in statement for column in columns)
     assert ddl == {}
+
+
+@given(texts, texts, texts, texts, st.booleans(), st.booleans(), st.booleans())
+@example("1", "we'b\\1", "', 'we''b\\\\1', '1', '", "\\'", True, True, True)
+def test_the_update_by_a_row_is_the_update_by_its_return(
+    job: str, minion: str, value: str, whole: str, success: bool, timed: bool, failed: bool
+) -> None:
+    ret = Return(job, minion, "f", value, whole, success, "2026-03-29 00:00:00.000000", {}, failed=not success)
+    row = sql.return_row(ret, timed=timed, failed=failed)
+    by_row = sql.update_return_by_row(job, minion, row, timed=timed, failed=failed)
+    assert by_row == sql.update_return(ret, failed=failed)

@@ -1,0 +1,76 @@
+"""What is large, and how much is unpacked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgpack
+import pytest
+
+from salt_mysql_engine import records
+from salt_mysql_engine.journal import Entry
+from salt_mysql_engine.large import is_large
+
+
+@pytest.fixture
+def hundred() -> Iterator[None]:
+    """At most so many objects."""
+    records.limit_objects(100)
+    yield
+    records.limit_objects(0)
+
+
+def entry(body: bytes, size: int = 0) -> Entry:
+    return Entry(1, 0.0, body, 0, size)
+
+
+@pytest.mark.parametrize(
+    ("body", "large"),
+    [
+        (b"", False),
+        (b"\x80" * 8_000, False),
+        (b"\x80" * 8_000 + b"a" * 200_000, False),
+        (b"\x80" * 9_000, True),
+        (b"a" * 256 * 1024, False),
+        (b"a" * 256 * 1024 + b"a", True),
+    ],
+)
+def test_an_event_is_large_by_its_bytes_or_by_what_they_are(body: bytes, large: bool) -> None:
+    assert is_large(entry(body)) is large
+
+
+def test_an_event_that_was_not_read_is_large() -> None:
+    assert is_large(entry(b"", 300_000))
+
+
+@pytest.mark.usefixtures("hundred")
+@pytest.mark.parametrize(
+    ("value", "fits"),
+    [
+        ([None] * 100, True),
+        ([None] * 101, False),
+        (dict.fromkeys(range(50)), True),
+        (dict.fromkeys(range(51)), False),
+        ([[None] * 49] * 2, True),
+        ([[None] * 50] * 2, False),
+        ([{"": [None] * 3}] * 16, True),
+        ([{"": [None] * 3}] * 17, False),
+        ("x" * 10_000, True),
+    ],
+)
+def test_no_more_objects_are_unpacked_than_the_limit_lets_pass(value: object, fits: bool) -> None:
+    packed = msgpack.packb(value)
+    if fits:
+        assert records.unpack(packed) == value
+    else:
+        with pytest.raises(records.TooManyObjects):
+            records.unpack(packed)
+
+
+def test_what_is_cut_keeps_its_tag_and_its_size() -> None:
+    event = records.open_event(records.cut(b"salt/job/20260329000000000001/ret/web1\n\n" + b"x" * 999, 0.0))
+    assert isinstance(event, records.Opened)
+    assert event.job == records.Tag(records.Kind.JOB_RETURN, "20260329000000000001", "web1")
+    assert event.data[records.TOO_LARGE] == 1039
+    for hostile in (b"", b"\n\n", b"\xff" * 5000, b"salt/job/x/ret/y"):
+        assert isinstance(records.open_event(records.cut(hostile, 0.0)), records.Opened)
