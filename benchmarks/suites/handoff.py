@@ -3,7 +3,8 @@ minions, and `prep_jid` with `save_load` for a publish. Salt's `local_cache`, sa
 `mysql_jobcache` as `master_job_cache`, each in its own process of Salt's, take turns, a job each, while the
 database is healthy, 50 ms away, frozen (SIGSTOP) and down. What `local_cache` pays is mostly its two syncs to the
 disk; the CPU alone is given for disks that are quicker. `mysql_jobcache` comes twice: with nobody beside, and with
-an engine that ships meanwhile.
+an engine that ships meanwhile. Most of what it takes is Salt's own `store_job` and loader; what is ours of that is
+given by itself.
 
 A return that did not come within 10 s is given as 10 s; saltext.mysql has no time limit of its own.
 """
@@ -40,7 +41,15 @@ def run(bench: Bench) -> list[Figure]:
             with _Caches(bench, state, mysql) as caches, fault():
                 took = _measure(bench, caches, far=state != "healthy")
             figures += _figures(state, took)
+        figures.append(_ours(bench, mysql))
     return figures
+
+
+def _ours(bench: Bench, mysql: dict[str, Any]) -> Figure:
+    with _Caches(bench, "ours", mysql) as caches:
+        worker = caches.workers[OURS]
+        took = [worker.ask("ours", returns=bench.size(20_000, 2_000))["cpu"] * 1e6 for _ in range(bench.rounds)]
+    return Figure(name="CPU per return that is our own", rounds=tuple(took), unit="µs", goal=15.0)
 
 
 def states(bench: Bench, proxy: Proxy) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -150,7 +159,7 @@ def _figures(state: str, took: Took) -> list[Figure]:
                 f"{state}: {title}, {name} / local_cache",
                 (one[what] for one in took[name]),
                 (one[what] for one in took[LOCAL]),
-                goal=0.5 if what == "return" else None,
+                goal=0.15 if what == "return" else None,
                 guarded=what == "return" and name == OURS,
             )
             for name in (OURS, SHIPPED)
