@@ -27,7 +27,7 @@ from .capture import Capture
 from .control import Argument, Control, Verb, socket_path
 from .database import Database
 from .decoder import Decoder
-from .errors import EngineError, SettingsError
+from .errors import EngineError, JournalError, SettingsError
 from .intake import Intake, Taken
 from .jobcache import JobCache
 from .journal import Caps, Journal
@@ -447,7 +447,7 @@ class Engine:
             more = False
             try:
                 more = (await self._take(self._intake.step)).more
-            except sqlite3.Error as exc:
+            except (sqlite3.Error, OSError, JournalError) as exc:
                 log.debug("What was handed over cannot be taken now: %s", exc)
             await asyncio.sleep(0 if more else seconds)
 

@@ -16,7 +16,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ _SAY_SECONDS, _LAST_SECONDS = 0.5, 1.0
 _TIDY_SECONDS = 10.0
 _MARK = "spool "
 _MOST_JOBS = 10_000
+_TRIES = 20
 _TORN = "dropped.spool_torn"
 
 
@@ -92,11 +93,13 @@ class Intake:
 
     def __init__(self, journal: Journal, folder: Path) -> None:
         self.error = ""
-        """Why the folder could not be read the last time."""
+        """Why the folder, or a file in it, could not be read the last time."""
+        self._logged = ""
         self._journal = journal
         self._place = spool.Place(folder)
         self._files: dict[str, _File] = {}
-        self._foreign: set[str] = set()
+        self._foreign: dict[str, int] = {}
+        """How often each name was tried that is no file of ours: one that root makes is given away a moment later."""
         self._marks: dict[str, float] | None = None
         self._salvaged = ""
         self._since = moments.jid_at(time.time())
@@ -133,9 +136,7 @@ class Intake:
         try:
             self._find()
         except OSError as exc:
-            if str(exc) != self.error:
-                log.error("The spool in %s cannot be read: %s", self._place.path, exc)
-            self.error = str(exc)
+            self._note(f"The spool in {self._place.path} cannot be read: {exc}")
             return Taken(0, 0, more=False)
         self.error = ""
         step = self._read_all()
@@ -164,9 +165,10 @@ class Intake:
             self._foreign.clear()
         names = []
         with os.scandir(self._place.spool) as entries:
-            names = [each.name for each in entries if each.name not in self._files and each.name not in self._foreign]
+            names = [each.name for each in entries if each.name not in self._files]
         room = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2) - len(self._files)
-        for name in sorted(name for name in names if spool.NAME.fullmatch(name))[: max(0, room)]:
+        new = sorted(name for name in names if spool.NAME.fullmatch(name) and self._foreign.get(name, 0) < _TRIES)
+        for name in new[: max(0, room)]:
             self._open(name, self._marks)
         now = time.monotonic()
         if now >= self._tidy_at:
@@ -199,8 +201,9 @@ class Intake:
         self._files[name] = _File(name, file, marks)
 
     def _ignore(self, name: str, why: str) -> None:
-        self._foreign.add(name)
-        log.error("The spool file %s is not taken: %s", self._place.path / spool.FOLDER / name, why)
+        self._foreign[name] = self._foreign.get(name, 0) + 1
+        if self._foreign[name] == _TRIES:
+            log.error("The spool file %s is not taken: %s", self._place.path / spool.FOLDER / name, why)
 
     def _take_last(self, names: Sequence[str]) -> None:
         """What was written on a full disk becomes a file like the others, once there is room to make it again."""
@@ -232,17 +235,32 @@ class Intake:
                 continue
             if not file.is_ended:
                 file.is_ended = _is_ended(file)
-            header = spool.header_of(os.pread(file.file, spool.HEADER.size, 0))
-            if header is not None:
-                file.key = header.key
-                self._count(file, header.dropped, step)
+            with self._noting(file):
+                header = spool.header_of(os.pread(file.file, spool.HEADER.size, 0))
+                if header is not None:
+                    file.key = header.key
+                    self._count(file, header.dropped, step)
             if file.offset < file.size:
                 busy.append(file)
             elif file.is_ended and file.name not in step.reached:
                 step.finished.append(file)
         for file in busy:
-            self._read(file, max(_LEAST_BYTES, _STEP_BYTES // len(busy)), step)
+            with self._noting(file):
+                self._read(file, max(_LEAST_BYTES, _STEP_BYTES // len(busy)), step)
         return step
+
+    @contextlib.contextmanager
+    def _noting(self, file: _File) -> Iterator[None]:
+        """A file that the disk does not give holds up no other."""
+        try:
+            yield
+        except OSError as exc:
+            self._note(f"The spool file {file.name} cannot be read: {exc}")
+
+    def _note(self, error: str) -> None:
+        if error != self._logged:
+            log.error(error)
+        self.error = self._logged = error
 
     def _count(self, file: _File, dropped: tuple[int, ...], step: _Step) -> None:
         """What the file's process says that it dropped."""
@@ -312,7 +330,7 @@ class Intake:
 
     def _finish(self, file: _File) -> None:
         """Removes a file of which nothing is left. Its marks stay until the disk has forgotten it (:meth:`_tidy`)."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # somebody deleted it, or it is tried again
             os.unlink(file.name, dir_fd=self._place.spool)
         os.close(file.file)
         del self._files[file.name]
@@ -321,7 +339,8 @@ class Intake:
         assert self._marks is not None
         stale = [mark for mark in self._marks if mark.split(" ")[1] not in there]
         if stale:
-            os.fsync(self._place.spool)  # else a file might be there again after a power cut, and its mark not
+            # Else a file might be there again after a power cut, and its mark not.
+            os.fsync(self._place.spool)
             self._journal.forget_marks(stale)
             for mark in stale:
                 del self._marks[mark]

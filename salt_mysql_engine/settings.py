@@ -167,7 +167,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "journal_max_bytes": Option(
         2 * 1024**3,
-        "How large the journal's file may grow while the database is away.",
+        "How large the journal may grow while the database is away, with what the master's processes have handed over "
+        "and it did not take yet. Those know what the master config says, not the pillar.",
         1024 * 1024,
         1024**4,
         unit="bytes",

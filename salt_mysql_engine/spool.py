@@ -227,6 +227,8 @@ class HandOff:
         self._disk_is_low = False
         self._look_at = 0.0
         self._full = False
+        self._last_ends: dict[bytes, int] = {}
+        """Where this process wrote last into files for a full disk, by their key."""
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._thread: threading.Thread | None = None
@@ -491,15 +493,18 @@ class HandOff:
             name = LAST[(os.getpid() + number) % len(LAST)]
             with contextlib.suppress(OSError), _opened(folders.open_file(self._place.spool, name)) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.samestat(os.fstat(file), os.stat(name, dir_fd=self._place.spool, follow_symlinks=False)):
+                its = os.stat(name, dir_fd=self._place.spool, follow_symlinks=False)
+                if not os.path.samestat(os.fstat(file), its):
                     continue  # the engine has just renamed it
-                content = os.pread(file, _LAST_BYTES, 0)
-                header = header_of(content)
+                header = header_of(os.pread(file, HEADER.size, 0))
                 if header is None:
                     continue
-                end = HEADER.size + parse(content[HEADER.size :], header.key)[1]
+                known = self._last_ends.get(header.key, HEADER.size)  # others may have written behind that
+                content = os.pread(file, _LAST_BYTES, known)
+                end = known + parse(content, header.key)[1]
                 whole = header.key + record + bytes(_HEAD.size)
-                if end + len(whole) <= len(content) and os.pwrite(file, whole, end) == len(whole):
+                if end + len(whole) <= known + len(content) and os.pwrite(file, whole, end) == len(whole):
+                    self._last_ends[header.key] = end
                     return True
         return False
 
