@@ -387,7 +387,7 @@ class Engine:
     async def dead_letters(
         self, after: int = 0, seq: int | None = None, limit: int = 100, newest: bool = False, brief: bool = False
     ) -> list[dict[str, Any]]:
-        """Dead letters in the order of their ``seq``; ``brief``: without what they hold."""
+        """Dead letters in the order of their ``seq``; ``brief``: of what they hold the function alone."""
         letters = await self._in_journal(
             lambda: self._journal.dead_letters(after=after, seq=seq, limit=limit, newest=newest)
         )
@@ -400,7 +400,7 @@ class Engine:
                 "minion": letter.minion,
                 "reason": letter.reason,
                 "error": letter.error,
-                **({} if brief else records.describe(letter.body)),
+                **({"fun": records.function_of(letter.body)} if brief else records.describe(letter.body)),
             }
             for letter in letters
         ]

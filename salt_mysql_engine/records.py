@@ -51,6 +51,7 @@ _JID = re.compile(r"\d{20}(_\d{1,10})?", re.ASCII)
 _STAMP = re.compile(r"(20[0-3]\d-\d\d-\d\d)T((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:\.(\d{1,6}))?(?:\+00:00)?", re.ASCII)
 _WORTH_SPLICING = 512
 """Characters of JSON from which on splicing is quicker than serialising once more."""
+_SMALL_BYTES = 64 * 1024
 _EXT_DATETIME, _EXT_CONSTANT = 78, 79  # salt/payload.py 3008.3
 
 
@@ -413,6 +414,13 @@ def limit_objects(most: int) -> None:
     """From now on this process unpacks nothing of more objects. Up to twice as many are made until that is known."""
     global _most_objects
     _most_objects = most
+
+
+def function_of(body: bytes) -> str | None:
+    """The function that an event names; ``None`` where it names none, or is too large to be taken apart for that."""
+    event = open_event(body) if len(body) <= _SMALL_BYTES else None
+    fun = event.data.get("fun") if isinstance(event, Opened) else None
+    return _fun_text(fun) if is_function(fun) else None
 
 
 def unpack(payload: bytes) -> Any:

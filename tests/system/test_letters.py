@@ -41,7 +41,9 @@ def forge(site: Site, count: int) -> None:
 def test_dead_letters_are_listed_shown_exported_tried_again_and_deleted(own: Site, tmp_path: Path) -> None:
     forge(own, 3)
     listed = letters(own)
-    assert [(letter["minion"], letter["reason"]) for letter in listed] == [(f"m{n}", "unconfirmed") for n in range(3)]
+    assert [(letter["minion"], letter["fun"], letter["reason"]) for letter in listed] == [
+        (f"m{n}", "test.ping", "unconfirmed") for n in range(3)
+    ]
     assert "not in the master's job cache within 1 s" in listed[0]["error"]
     assert "data" not in listed[0]
     assert [letter["minion"] for letter in letters(own, "limit=1")] == ["m2"]
