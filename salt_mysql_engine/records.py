@@ -265,7 +265,10 @@ def open_event(body: bytes) -> Opened | Ignored:
         if tag.startswith(_CHOSEN_TAG):
             return Opened(tag[len(_CHOSEN_TAG) :], None, data, trimmed=False, chosen=True)
         return Opened(tag, Tag(Kind.MINIONS, tag[len(_MINIONS_TAG) :], ""), data, trimmed=False)
-    return Opened(tag, parse_tag(tag), data, _TRIMMED_BYTES in payload and is_trimmed(data.get("return")))
+    job = parse_tag(tag)
+    # Of a publish it is the list of minions, where they are a hundred thousand.
+    value = data if job is not None and job.kind is Kind.JOB_NEW else data.get("return")
+    return Opened(tag, job, data, _TRIMMED_BYTES in payload and is_trimmed(value))
 
 
 def opened(tag: str, data: dict[str, Any]) -> Opened:
@@ -420,7 +423,7 @@ def function_of(body: bytes) -> str | None:
     """The function that an event names; ``None`` where it names none, or is too large to be taken apart for that."""
     event = open_event(body) if len(body) <= _SMALL_BYTES else None
     fun = event.data.get("fun") if isinstance(event, Opened) else None
-    return _fun_text(fun) if is_function(fun) else None
+    return _fun_text(fun) if fun is not None and is_function(fun) else None
 
 
 def unpack(payload: bytes) -> Any:
@@ -577,9 +580,9 @@ def _job_rows(
 def published_load(data: Mapping[str, Any]) -> dict[str, Any] | None:
     """What ``jids`` gets of a publish, ``None`` where a type is wrong.
 
-    ``kwargs`` and ``ret`` are known to the job cache alone.
+    ``kwargs`` and ``ret`` are known to the job cache alone. Names that Salt trimmed are no names.
     """
-    minions, missing = data["minions"], data.get("missing", [])
+    minions, missing = ([] if names == TRIMMED else names for names in (data["minions"], data.get("missing", [])))
     if not _is_texts(minions) or not _is_texts(missing) or not isinstance(data["tgt"], (str, list)):
         return None
     load = {

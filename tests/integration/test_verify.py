@@ -17,7 +17,7 @@ import pytest
 
 from salt_mysql_engine import settings
 from salt_mysql_engine.journalfile import CONFIRMED
-from salt_mysql_engine.records import TRIMMED, Selection
+from salt_mysql_engine.records import TRIMMED, Opened, Selection, open_event
 from tests.support.scratch import Scratch
 from tests.support.shipping import (
     MASTER,
@@ -595,6 +595,30 @@ async def test_what_waits_survives_a_restart_and_is_written_once_the_cache_has_i
 
 
 # Trimmed values
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("how", ["in the cache", "late", "nowhere"])
+async def test_the_minions_that_salt_trimmed_out_of_a_publish_are_those_of_the_job_cache(
+    database: Scratch, cache: Cache, verifying: Make, how: str, verify: bool
+) -> None:
+    whole = published(jid(1), [f"web{number}" for number in range(1000)], tgt="web*")
+    event = open_event(whole)
+    assert isinstance(event, Opened)
+    trimmed = body(event.tag, {**event.data, "minions": TRIMMED, "missing": TRIMMED})
+    if how == "in the cache":
+        cache.accept(whole)
+    async with verifying(verify_returns=verify, verify_wait_seconds=0.5) as ship:
+        await ship.take(trimmed)
+        if how == "late":
+            await waiting(ship, 1)
+            cache.accept(whole)
+        books = await ship.settled()
+    lost = how == "nowhere"
+    assert (books["written"], books["dead_letters"]) == ((0, 1) if lost and verify else (1, 0))
+    if books["written"]:
+        load = json.loads(database.row("jids")["load"])
+        assert (load["tgt"], load["missing"], len(load["Minions"])) == ("web*", [], 0 if lost else 1000)
 
 
 @pytest.mark.parametrize("verify", [True, False])
