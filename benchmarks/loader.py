@@ -77,7 +77,7 @@ def load(server: MariaDB, database: str, folder: Path, *, returns: int, jobs: in
         server,
         database,
         folder,
-        "salt_returns (`fun`, `jid`, `return`, `id`, `success`, `full_ret`, `alter_time`)",
+        "salt_returns (`fun`, `jid`, `return`, `id`, `success`, `full_ret`, `failed`, `alter_time`)",
         _returns(planned, selection, random.Random(seed)),
     )
     server.sql("ANALYZE TABLE jids, salt_returns", db=database)
@@ -189,7 +189,8 @@ def _text(job: _Job, selection: Selection, *, failed: bool) -> str:
     }
     ret = _interpreted(f"salt/job/{job.jid}/ret/{_MARK}", data, selection, find_job=True).ret
     assert ret is not None
-    return _line(ret.fun, ret.jid, ret.return_json, ret.id, f"{ret.success:d}", ret.full_ret_json)[:-1]
+    outcome = f"{ret.success:d}", ret.full_ret_json, f"{ret.failed:d}"
+    return _line(ret.fun, ret.jid, ret.return_json, ret.id, *outcome)[:-1]
 
 
 def _answer(fun: str, *, failed: bool) -> tuple[list[Any], Any, int]:

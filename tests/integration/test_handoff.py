@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine import folders, intake, moments, pending, records, spool
+from salt_mysql_engine import folders, intake, moments, pending, reconcile, records, spool
 from salt_mysql_engine.control import socket_path
 from salt_mysql_engine.errors import JournalError
 from salt_mysql_engine.intake import Intake
@@ -32,6 +32,7 @@ from tests.support.mariadb import wait_until
 from tests.support.scratch import Scratch
 from tests.support.shipping import (
     MASTER,
+    Cache,
     Shipping,
     body,
     call_data,
@@ -193,6 +194,41 @@ async def test_rows_are_those_that_the_bus_would_have_given(database: Scratch, s
         )  # fmt: skip
     assert ours == (database.rows("salt_returns"), database.rows("jids"))
     assert "secret" not in json.dumps(ours, default=str)
+
+
+@pytest.mark.parametrize("way", ["bus", "confirmed", "job cache", "hand-off"])
+async def test_a_value_that_is_left_out_is_in_no_table_whichever_way_it_came(
+    database: Scratch, shipping: Make, tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(reconcile, "SETTLE_SECONDS", 0.05)
+    secret = {"mysql.pass": "SECRET-1"}
+    runner, wheel = (master_data(jid(n), fun, secret) for n, fun in ((1, "runner.my.x"), (2, "wheel.config.values")))
+    minion = call_data(jid(3), "web1", secret, fun="my.secret")
+    bodies = [
+        body(f"salt/run/{jid(1)}/ret", runner),
+        body(f"salt/wheel/{jid(2)}/ret", wheel),
+        body(f"salt/job/{jid(3)}/ret/web1", minion),
+    ]
+    cache = Cache(tmp_path / "cache")
+    skip = {"skip_values": ["wheel.config.values", "*my.*"], "events": ["salt/*"], "handed_off": way == "hand-off"}
+    if way in ("confirmed", "job cache"):
+        cache.accept(*bodies)
+        skip |= {"cachedir": cache.cachedir, "reconcile": way == "job cache"}
+    async with shipping("mysql_jobcache", **skip) as ship:
+        if way == "job cache":
+            await ship.reconcile()
+        elif way == "hand-off":
+            for data in (runner, wheel):
+                hand.returned({"id": MASTER, "tgt": MASTER, "jid": data["jid"], "return": data, "fun": data["fun"]})
+            hand.returned(minion)
+            await ship.handed_over()
+        else:
+            await ship.take(*bodies)
+        await ship.settled()
+    tables = {table: database.rows(table) for table in ("jids", "salt_returns", "salt_events")}
+    assert [len(tables[table]) for table in ("jids", "salt_returns")] == [3, 3]
+    assert all(records.LEFT_OUT in row["return"] for row in tables["salt_returns"])
+    assert "SECRET-1" not in repr(tables)
 
 
 async def test_minions_of_a_syndic_are_added_to_the_load_of_a_job_that_is_known(

@@ -386,9 +386,7 @@ def journalled(site: Site, jid: str) -> set[str]:
     """The minions of whose returns to a job the journal has one, read beside the engine."""
     path = site.master.directory / "cache" / ENGINE / "journal.sqlite"
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)) as journal:
-        rows = journal.execute(
-            "SELECT minion FROM events WHERE jid = ? UNION SELECT minion FROM waiting WHERE jid = ?", (jid, jid)
-        ).fetchall()
+        rows = journal.execute("SELECT minion FROM events WHERE jid = ?", (jid,)).fetchall()
     return {row[0] for row in rows if row[0]}
 
 

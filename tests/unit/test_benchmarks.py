@@ -161,12 +161,12 @@ def test_the_loaded_texts_are_those_that_the_engine_would_write() -> None:
     job = loader._Job(moment, "20261122214227130648", 2, 0, "cmd.run", "root", "*")
     ok = next(loader._returns([job], selection, random.Random(1)))
     failed = loader._text(job, selection, failed=True)
-    fun, jid, value, minion, success, full, altered = ok.rstrip("\n").split("\t")
-    assert (fun, jid, minion, success) == ("cmd.run", job.jid, loader.minion(0), "1")
+    fun, jid, value, minion, success, full, bad, altered = ok.rstrip("\n").split("\t")
+    assert (fun, jid, minion, success, bad) == ("cmd.run", job.jid, loader.minion(0), "1", "0")
     assert json.loads(full)["return"] == json.loads(value)
     assert json.loads(full)["id"] == minion
     assert altered.startswith("2026-11-22 21:42:27")
-    assert failed.split("\t")[4] == "0"
+    assert (failed.split("\t")[4], failed.split("\t")[6]) == ("0", "1")
 
 
 def test_events_have_the_sizes_that_the_suites_name() -> None:
