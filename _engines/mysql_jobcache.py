@@ -50,6 +50,7 @@ __virtualname__ = "mysql_jobcache"
 
 def __virtual__():
     # Always: Salt says nothing at all about an engine that does not load.
+    _wait_for_options()
     return __virtualname__
 
 
@@ -72,5 +73,24 @@ def _wait_for_package():
     log.error(
         "The engine mysql_jobcache does nothing: the Python package salt-mysql-engine is not installed for Salt. "
         "Run `salt-pip install salt-mysql-engine` (or pip, beside a pip-installed Salt) and restart salt-master."
+    )
+    threading.Event().wait()
+
+
+def _wait_for_options():
+    # Salt calls start(**options): where these are no mapping it fails before anything of ours runs, every ten seconds
+    # and without a reason (Engine.run, salt/engines/__init__.py 3006-3008). This runs a step earlier, in that process.
+    import multiprocessing
+    import threading
+
+    process = multiprocessing.current_process()
+    options = getattr(process, "config", None)
+    if not options or isinstance(options, dict) or getattr(process, "fun", "") != f"{__virtualname__}.start":
+        return
+    log.error(
+        "The engine mysql_jobcache does nothing: its options under engines in the master config are a %s, and must be "
+        "a mapping: write `name: value`, one on each line, two more spaces to the right than mysql_jobcache. Then "
+        "restart salt-master.",
+        "text" if isinstance(options, str) else "list",
     )
     threading.Event().wait()

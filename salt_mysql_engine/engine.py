@@ -1,23 +1,28 @@
 """The engine: wires the actors together, retunes them from the pillar, answers the runner, and stops in time.
 
-Every task is made in :meth:`Engine.run`, has a name, and is ended there. One that dies takes the
-engine down with its own error; Salt starts a new one within ten seconds. A database that is away and a
-wrong setting never end the engine.
+Every task is made in :meth:`Engine.run`, has a name, and is ended there. Nothing but a signal ends the engine: a task
+that meets what nobody expects says so with its traceback, is counted in ``status``, and begins again after a pause.
+
+What to write is said by the master's own pillar. The last one that compiled is remembered in the journal, and is in
+effect from the start on. Where none is, events are captured and wait until a pillar was compiled, for a bounded time.
+Nothing is purged until the pillar was compiled in this run.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import datetime
 import gc
+import json
 import logging
 import os
 import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from . import __version__, folders, records, settings, spool
@@ -45,6 +50,11 @@ from .writer import Writer
 log = logging.getLogger(__name__)
 
 _TEND_SECONDS, _TEND_STEP_SECONDS = 10.0, 0.2
+_OPEN_AGAIN_SECONDS = 5.0
+PILLAR_SECONDS = 60.0
+"""How long events wait at a first start for a pillar that says what to write."""
+_PAUSE_FIRST, _PAUSE_MAX = 1.0, 60.0  # seconds
+_PILLAR_NOTE = "pillar"
 _DAY, _END_OF_TIME = 86_400.0, 253_402_300_799.0  # seconds; the end of the year 9999
 _MOST_LETTERS = 1_000_000
 """As many as dead_letters_max allows."""
@@ -55,13 +65,10 @@ _STOP_SECONDS = 3.0
 _CANCEL_AGAIN_SECONDS = 1.2  # the writer settles its last batch within 1
 
 
-def start(opts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def start(opts: Mapping[str, Any], options: Any) -> None:
     """Runs the engine in this process until SIGTERM or SIGINT.
 
     ``opts`` are the master's, ``options`` what stands under the engine in the master config.
-
-    Raises:
-        JournalError: the journal cannot be used.
     """
     spare_collector()
     asyncio.run(Engine(opts, options).run())
@@ -76,20 +83,28 @@ def spare_collector() -> None:
 class Engine:
     """One engine of one master."""
 
-    def __init__(self, opts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        self._opts = dict(opts)
-        self._config, self._config_problems = settings.parse(options)
+    def __init__(self, opts: Mapping[str, Any], options: Any) -> None:
+        self._opts, self._opts_problems = settings.usable_opts(opts)
+        self._config, problems = settings.parse(options)
+        self._config_problems = problems[: settings.MOST_PROBLEMS]
         self._own_pillar = OwnPillar(self._opts)
         self._pillar: dict[str, Any] = {}
         self._pillar_problem = ""
+        self._remembered: dict[str, Any] | None = None
+        """What the journal holds of the last good pillar."""
+        self._known = asyncio.Event()
+        """Set once it is known what to write."""
+        self._confirmed = False
+        """Whether the pillar was compiled in this run."""
         self._reloading = asyncio.Lock()
         self._retimed = asyncio.Event()
         self._settings = settings.combine(self._config, {})
-        self._started_at = time.time()
+        self._started_at, self._started = time.time(), time.monotonic()
+        self._faults: collections.Counter[str] = collections.Counter()
         self._stop = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "mysql_jobcache journal")
         self._cache_thread = concurrent.futures.ThreadPoolExecutor(1, "mysql_jobcache job cache")
-        self._events_handed_off = settings.PILLAR_KEY in (self._opts.get("event_return") or ())
+        self._events_handed_off = settings.PILLAR_KEY in self._opts["event_return"]
         folder = folders.of_journal(str(self._opts["cachedir"]))
         self._journal = Journal(folder)
         self._intake = Intake(self._journal, folder)
@@ -98,7 +113,7 @@ class Engine:
             connect_timeout=self._settings.connect_timeout,
             statement_timeout=self._settings.statement_timeout,
         )
-        selection = self._selection()
+        selection = self._selection(self._settings)
         self._cache = JobCache(self._opts) if JobCache.is_kept(self._opts) else None
         self._large = LargeEvents(
             self._journal,
@@ -156,7 +171,7 @@ class Engine:
                 self._in_cache,
                 self._writer.query,
                 selection,
-                keep_seconds=float(self._opts.get("keep_jobs_seconds", 86_400)),
+                keep_seconds=self._opts["keep_jobs_seconds"],
                 on_append=self._writer.announce,
             )
             if self._cache
@@ -168,17 +183,19 @@ class Engine:
             on_events=self._capture.on_events,
             on_gap=self._reconciler.ask_after_gap if self._reconciler else lambda: None,
         )
-        self._apply(self._settings)
+        self._apply(self._settings, selection)
 
     async def run(self) -> None:
-        """Until a signal asks to stop, or a task dies."""
+        """Until a signal asks to stop."""
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             # Salt sends SIGTERM two or three times; setting an event again does nothing new.
             loop.add_signal_handler(signum, self._stop.set)
-        for problem in self._config_problems:
+        for problem in (*self._opts_problems, *self._config_problems):
             log.error("mysql_jobcache in the master config: %s. Its default is used.", problem)
-        await self._in_journal(self._journal.open)
+        if not await self._open_journal():
+            return
+        await self._remember()
         log.info(
             "mysql_jobcache %s: journal %s, %d events pending", __version__, self._journal.path, self._journal.pending
         )
@@ -204,25 +221,27 @@ class Engine:
             "tables_changed": Verb(self.tables_changed),
             **self._teller.verbs(),
         }
-        tasks = {
-            name: asyncio.create_task(work, name=f"mysql_jobcache {name}")
-            for name, work in {
-                "bus": self._bus.run(),
-                "capture": self._capture.run(),
-                "writer": self._writer.run(),
-                "verifier": self._verifier.run(),
-                "large events": self._large.run(),
-                "writer of large events": self._large_writer.run(),
-                "reconcile": self._reconciler.run() if self._reconciler else asyncio.Event().wait(),
-                "retention": self._retention.run(),
-                "tend": self._tend(),
-                "intake": self._take_handed_over(),
-                "control": Control(socket_path(self._opts), verbs).run(),
-                "pillar": self._refresh(),
-                "stop": self._stop.wait(),
-            }.items()
+        works: dict[str, Callable[[], Awaitable[Any]]] = {
+            "bus": self._bus.run,
+            "capture": self._capture.run,
+            "writer": lambda: self._once_known(self._writer.run),
+            "verifier": lambda: self._once_known(self._verifier.run),
+            "large events": lambda: self._once_known(self._large.run),
+            "writer of large events": lambda: self._once_known(self._large_writer.run),
+            "retention": self._retention.run,
+            "tend": self._tend,
+            "intake": self._take_handed_over,
+            "control": Control(socket_path(self._opts), verbs).run,
+            "pillar": self._refresh,
+            "patience": self._be_patient,
         }
-        done, _ = await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+        if (reconciler := self._reconciler) is not None:
+            works["reconcile"] = lambda: self._once_known(reconciler.run)
+        tasks = {
+            name: asyncio.create_task(self._kept(name, work), name=f"mysql_jobcache {name}")
+            for name, work in works.items()
+        }
+        await self._stop.wait()
         winding_down = asyncio.create_task(self._wind_down(tasks), name="mysql_jobcache stop")
         # Not wait_for(), which waits for what it cancels: a disk that hangs would hold us past Salt's SIGKILL.
         await asyncio.wait({winding_down}, timeout=_STOP_SECONDS)
@@ -230,12 +249,74 @@ class Engine:
             log.error("mysql_jobcache did not stop within %g s; what is in the journal is safe", _STOP_SECONDS)
             os._exit(0)
         winding_down.result()
-        for task in done:
-            task.result()  # a task that died says why
-        if self._stop.is_set() and threading.active_count() > 1:
+        if threading.active_count() > 1:
             # A name look-up or an external pillar hangs in its thread. Nothing of ours is open any
             # more, and Salt's own handler leaves the same way.
             os._exit(0)
+
+    async def _open_journal(self) -> bool:
+        """Opens the journal, as often as it takes; whether it is open before a signal asks to stop."""
+        said = ""
+        while not self._stop.is_set():
+            try:
+                await self._in_journal(self._journal.open)
+            except Exception as exc:  # noqa: BLE001 (whatever it is)
+                if str(exc) != said:
+                    expected = isinstance(exc, JournalError)
+                    log.error("%s. The engine waits, and tries again", exc, exc_info=None if expected else exc)
+                said = str(exc)
+                await is_set_within(self._stop, _OPEN_AGAIN_SECONDS)
+            else:
+                return True
+        return False
+
+    async def _kept(self, name: str, work: Callable[[], Awaitable[Any]]) -> None:
+        """Does ``work`` until it is cancelled. After an exception it begins again; those are for it to expect."""
+        pause = _PAUSE_FIRST
+        while True:
+            began = time.monotonic()
+            try:
+                await work()
+                log.error("The %s of mysql_jobcache ended by itself; it begins again", name)
+            except Exception:  # whatever it is
+                log.exception("The %s of mysql_jobcache met what nobody expects; it begins again", name)
+            self._faults[name] += 1
+            if time.monotonic() - began > _PAUSE_MAX:
+                pause = _PAUSE_FIRST
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _PAUSE_MAX)
+
+    async def _once_known(self, work: Callable[[], Awaitable[Any]]) -> None:
+        await self._known.wait()
+        await work()
+
+    async def _be_patient(self) -> None:
+        """What waits for a pillar does not wait for ever."""
+        if not await is_set_within(self._known, PILLAR_SECONDS):
+            log.warning(
+                "The pillar of %s was not compiled within %g s, and none is remembered: rows are written by the master "
+                "config alone. Nothing is purged until the pillar compiles.",
+                self._opts["id"],
+                PILLAR_SECONDS,
+            )
+            self._known.set()
+        await asyncio.Event().wait()
+
+    async def _remember(self) -> None:
+        """Puts the options of the last good pillar into effect."""
+        try:
+            note = await self._in_journal(self._journal.note, _PILLAR_NOTE)
+            given = json.loads(note) if note is not None else None
+        except (sqlite3.Error, ValueError, RecursionError) as exc:
+            log.error("What the journal remembers of the pillar cannot be read: %s", exc)
+            return
+        if not isinstance(given, dict):
+            return
+        values, _ = settings.parse(given)  # another version may have written it
+        new = settings.combine(self._config, values)
+        self._pillar = self._remembered = values
+        self._apply(new, self._selection(new))
+        self._known.set()
 
     async def _wind_down(self, tasks: Mapping[str, asyncio.Task[Any]]) -> None:
         """First no more events, then all of them on disk, then everything else ends."""
@@ -243,6 +324,9 @@ class Engine:
         await _end(tasks["bus"])
         try:
             await self._capture.drain()
+        except Exception as exc:  # noqa: BLE001 (a full disk, say)
+            what = "events could not be put into the journal"
+            log.error("%d %s: %s. Reconcile brings back what the job cache has", self._capture.held, what, exc)
         finally:
             await _end(*tasks.values())
             await self._in_journal(self._intake.close)
@@ -254,6 +338,7 @@ class Engine:
     async def status(self) -> dict[str, Any]:
         """Everything an operator asks: the books, lag, faults, server, settings."""
         deferred = self._verifier.deferred
+        faults = sum(each.faults for each in self._writers)
         books, oldest = await self._in_journal(lambda: (self._journal.books(), self._journal.oldest(deferred)))
         writer, bus = self._writer, self._bus
         lags = sorted(writer.lags)
@@ -262,7 +347,8 @@ class Engine:
                 "version": __version__,
                 "pid": os.getpid(),
                 "started": _moment(self._started_at),
-                "uptime_seconds": round(time.time() - self._started_at, 1),
+                "uptime_seconds": round(time.monotonic() - self._started, 1),
+                "faults": {**self._faults, **({"rows": faults} if faults else {})},
             },
             "books": {**books, "waiting": self._verifier.waiting},
             "lag_seconds": 0.0 if oldest is None else round(max(0.0, time.time() - oldest), 3),
@@ -308,8 +394,17 @@ class Engine:
             },
             "reconcile": self._reconcile_status(),
             "retention": self._retention_status(),
+            "pillar": {
+                "confirmed": self._confirmed,
+                "remembered": self._remembered is not None,
+                "waited_for": not self._known.is_set(),
+            },
             "settings": self._settings.report(),
-            "settings_problems": [*self._config_problems, *filter(None, [self._pillar_problem, self._verify_problem])],
+            "settings_problems": [
+                *self._opts_problems,
+                *self._config_problems,
+                *filter(None, [self._pillar_problem, self._verify_problem]),
+            ],
         }
 
     async def flush(self, seconds: float = 30.0) -> dict[str, Any]:
@@ -326,7 +421,10 @@ class Engine:
         except asyncio.TimeoutError:
             fault = self._writer.fault
             why = "the database is slow"
-            if self._writer.failing and fault:
+            if not self._known.is_set():
+                what = self._pillar_problem or "it is being compiled"
+                why = f"they wait for the pillar of {self._opts['id']}; {what}"
+            elif self._writer.failing and fault:
                 why = fault.message
             elif self._verifier.waiting:
                 why = self._verifier.trouble or f"{self._verifier.waiting} of them wait for the master's job cache"
@@ -431,7 +529,7 @@ class Engine:
             more = True
             while more:
                 try:
-                    more = await self._in_journal(self._journal.tend, time.time())
+                    more = await self._in_journal(self._journal.tend, self._now())
                 except sqlite3.Error as exc:
                     log.debug("The journal cannot be tended now: %s", exc)
                     more = False
@@ -439,6 +537,10 @@ class Engine:
             if self._journal.salvaged != salvaged:
                 salvaged = self._journal.salvaged
                 self._ask_reconcile("a corrupt journal", 0.0)
+
+    def _now(self) -> float:
+        """The time, as far as the clock was not set forward since the start: that makes no event old."""
+        return min(time.time(), self._started_at + time.monotonic() - self._started)
 
     async def _take_handed_over(self) -> None:
         """Takes what the master's other processes hand over into the journal."""
@@ -474,29 +576,48 @@ class Engine:
 
     async def _reload(self, *, anew: bool = False) -> None:
         async with self._reloading:
+            new = selection = None
             try:
                 values, problems = settings.parse(await self._own_pillar.options(anew=anew))
+                if not problems:
+                    new = settings.combine(self._config, values)
+                    selection = self._selection(new)
             except SettingsError as exc:
-                values, problems = {}, [str(exc)]
-            problem = f"pillar {settings.PILLAR_KEY} of {self._opts['id']}: {'; '.join(problems)}" if problems else ""
+                problems = [str(exc)]
+            problem = (
+                f"pillar {settings.PILLAR_KEY} of {self._opts['id']}: {'; '.join(problems[: settings.MOST_PROBLEMS])}"
+                if problems
+                else ""
+            )
             if problem and problem != self._pillar_problem:
                 log.error("%s. The last good settings stay.", problem)
             self._pillar_problem = problem
-            if not problem and values != self._pillar:
+            if new is None or selection is None:
+                return
+            is_first, self._confirmed = not self._confirmed, True
+            if is_first or values != self._pillar:
                 self._pillar = values
-                self._apply(settings.combine(self._config, values))
+                self._apply(new, selection)
+            self._known.set()
+            if values != self._remembered:
+                try:
+                    await self._in_journal(self._journal.set_note, _PILLAR_NOTE, json.dumps(values))
+                except sqlite3.Error as exc:  # the next time then
+                    log.debug("The pillar cannot be remembered now: %s", exc)
+                else:
+                    self._remembered = values
 
-    def _apply(self, new: settings.Settings) -> None:
+    def _apply(self, new: settings.Settings, selection: Selection) -> None:
         """Puts settings into effect; the actors look at them from their next step on."""
         changed = [name for name in settings.OPTIONS if getattr(new, name) != getattr(self._settings, name)]
         self._settings = new
         self._database.connect_timeout = new.connect_timeout
         self._database.statement_timeout = new.statement_timeout
-        selection = self._selection()
         self._capture.selection = self._verifier.selection = selection
         self._journal.caps = Caps(
             new.journal_max_bytes,
-            new.journal_max_age_hours * 3600,
+            # To give up what is old is a purge, too.
+            new.journal_max_age_hours * 3600 if self._confirmed or self._remembered is not None else 0.0,
             new.journal_full == "drop_oldest",
             new.dead_letters_max,
         )
@@ -516,7 +637,7 @@ class Engine:
             self._reconciler.retention_days = new.retention_days
             self._reconciler.retime(new.reconcile_interval_seconds)
         self._retention.days, self._retention.archive = new.retention_days, new.archive
-        self._retention.partitions = new.partitions
+        self._retention.partitions, self._retention.confirmed = new.partitions, self._confirmed
         if {"retention_days", "archive", "partitions"}.intersection(changed):
             self._retention.retime()
         for writer in self._writers:
@@ -532,12 +653,12 @@ class Engine:
         if changed:
             log.info("New settings: %s", ", ".join(f"{name}={getattr(new, name)}" for name in changed))
 
-    def _selection(self) -> Selection:
-        return Selection(self._settings, master_id=self._opts["id"], peers=self._peers)
+    def _selection(self, chosen: settings.Settings) -> Selection:
+        return Selection(chosen, master_id=self._opts["id"], peers=self._peers)
 
     @property
     def _peers(self) -> list[str] | None:
-        return self._opts.get("cluster_peers") or [] if self._opts.get("cluster_id") else None
+        return self._opts["cluster_peers"] if self._opts.get("cluster_id") else None
 
     def _setup(self) -> Setup:
         return setup_of(self._opts, self._settings, peers=self._peers, has_cache=self._cache is not None)
@@ -558,6 +679,7 @@ def _limits(chosen: settings.Settings) -> Limits:
 
 
 def _moment(seconds: float) -> str:
+    seconds = min(max(0.0, seconds), _END_OF_TIME)  # what a clock said that was set to anything
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
 
 

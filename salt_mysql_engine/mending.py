@@ -188,8 +188,15 @@ class MendedFile(abc.ABC):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            pid = os.pread(fd, 20, 0).decode(errors="replace") or "?"
             os.close(fd)
-            raise JournalError(f"another mysql_jobcache engine is using the journal {self.path}") from None
+            raise JournalError(
+                f"another mysql_jobcache engine is using the journal {self.path}: process {pid}. Perhaps it is "
+                "listed twice under engines"
+            ) from None
+        with contextlib.suppress(OSError):  # a full disk, say: this is for people alone
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
         self._lock_fd = fd
 
     def _connect(self) -> sqlite3.Connection:

@@ -11,6 +11,10 @@ from typing import Any
 from .errors import SettingsError
 from .settings import PILLAR_KEY
 
+COMPILE_SECONDS = 120.0
+_MOST_SAID = 2000
+"""Characters of somebody else's words that an error says again."""
+
 
 class OwnPillar:
     """The pillar of the master's own id. Its grains are worked out once: they take longer than the pillar.
@@ -22,14 +26,21 @@ class OwnPillar:
         self._opts = dict(opts)
         self._grains: dict[str, Any] | None = None
         self._compiler: Any = None
+        self._compiling: asyncio.Task[Any] | None = None
 
     async def options(self, *, anew: bool = False) -> dict[str, Any]:
         """The engine's options; ``{}`` when the pillar has none. ``anew``: by a new compiler, with new modules.
 
         Raises:
-            SettingsError: the pillar does not compile, or the key holds no mapping.
+            SettingsError: the pillar does not compile, not within two minutes, or the key holds no mapping.
         """
-        return dict(await _in_daemon_thread(lambda: self._compile(anew=anew)))
+        if self._compiling is None:
+            self._compiling = asyncio.ensure_future(_in_daemon_thread(lambda: self._compile(anew=anew)))
+        await asyncio.wait({self._compiling}, timeout=COMPILE_SECONDS)
+        if not self._compiling.done():  # one at a time: an external pillar that hangs gets no second thread to hang in
+            raise SettingsError(f"the pillar of {self._opts['id']} is still being compiled after {COMPILE_SECONDS:g} s")
+        compiling, self._compiling = self._compiling, None
+        return dict(compiling.result())
 
     def _compile(self, *, anew: bool) -> dict[str, Any]:
         master = self._opts["id"]
@@ -37,15 +48,23 @@ class OwnPillar:
             if anew:
                 self._forget()
             compiled = self._compiled(master)
+            errors = compiled.get("_errors")
+            given = compiled.get(PILLAR_KEY)
         except (Exception, SystemExit) as exc:  # any renderer and any external pillar can raise anything
             self._forget()
-            raise SettingsError(f"the pillar of {master} does not compile: {type(exc).__name__}: {exc}") from exc
-        if compiled.get("_errors"):
+            raise SettingsError(
+                f"the pillar of {master} does not compile: {type(exc).__name__}: {str(exc)[:_MOST_SAID]}"
+            ) from exc
+        if errors:
             self._forget()
-            raise SettingsError(f"the pillar of {master} does not compile: {'; '.join(map(str, compiled['_errors']))}")
-        given = compiled.get(PILLAR_KEY) or {}
+            said = "; ".join(map(str, errors)) if isinstance(errors, (list, tuple)) else str(errors)
+            raise SettingsError(f"the pillar of {master} does not compile: {said[:_MOST_SAID]}")
+        if given is None:
+            return {}
         if not isinstance(given, Mapping):
-            raise SettingsError(f"the pillar key {PILLAR_KEY} of {master} must be a mapping, not {given!r}")
+            raise SettingsError(
+                f"the pillar key {PILLAR_KEY} of {master} must be a mapping, not {repr(given)[:_MOST_SAID]}"
+            )
         return dict(given)
 
     def _compiled(self, master: str) -> dict[str, Any]:

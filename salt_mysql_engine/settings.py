@@ -20,6 +20,13 @@ from .errors import SettingsError
 PILLAR_KEY = "mysql_jobcache"
 
 
+_MOST_TEXTS, _MOST_CHARACTERS = 1000, 1000
+_MOST_SAID = 100
+"""Characters of a value that a sentence says again."""
+MOST_PROBLEMS = 20
+"""Of many sentences so many are said."""
+
+
 class Source(str, enum.Enum):
     """Where a setting in effect came from."""
 
@@ -47,7 +54,7 @@ class Option:
         if isinstance(self.default, bool):
             return "true or false"
         if isinstance(self.default, list):
-            return "a list of texts"
+            return f"a list of {_MOST_TEXTS:,} texts at most"
         kind = "a whole number" if isinstance(self.default, int) else "a number"
         return f"{kind} from {self.minimum:,} to {self.maximum:,}{' ' * bool(self.unit)}{self.unit}"
 
@@ -57,7 +64,7 @@ class Option:
         Raises:
             SettingsError: naming the option, what was given and what is allowed.
         """
-        wrong = SettingsError(f"{name}: {value!r} is not allowed; it must be {self.bounds}")
+        wrong = SettingsError(f"{name}: {_said(value)} is not allowed; it must be {self.bounds}")
         if self.choices:
             if not any(type(value) is type(choice) and value == choice for choice in self.choices):  # 1 is not true
                 raise wrong
@@ -67,7 +74,9 @@ class Option:
                 raise wrong
             return value
         if isinstance(self.default, list):
-            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+            if not isinstance(value, (list, tuple)) or len(value) > _MOST_TEXTS:
+                raise wrong
+            if not all(isinstance(item, str) and len(item) <= _MOST_CHARACTERS for item in value):
                 raise wrong
             return list(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -267,16 +276,18 @@ class Settings:
         return {name: {"value": getattr(self, name), "source": self.sources[name].value} for name in OPTIONS}
 
 
-def parse(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def parse(options: Any) -> tuple[dict[str, Any], list[str]]:
     """One source's options, checked: the good values, and a sentence for each that is not.
 
     An unknown name is answered with the nearest known one.
     """
     values: dict[str, Any] = {}
     problems: list[str] = []
+    if not isinstance(options, Mapping):
+        return {}, [f"{PILLAR_KEY}: {_said(options)} is no mapping; write options as `name: value`, one on each line"]
     for name, value in options.items():
         if name not in OPTIONS:
-            problems.append(_unknown(str(name)))
+            problems.append(_unknown(str(name)[:_MOST_SAID]))
             continue
         try:
             values[name] = OPTIONS[name].parse(name, value)
@@ -293,6 +304,42 @@ def combine(master_config: Mapping[str, Any], pillar: Mapping[str, Any]) -> Sett
         values.update(given)
         sources.update(dict.fromkeys(given, source))
     return Settings(**values, sources=sources)
+
+
+def usable_opts(opts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The master's opts as the engine can use them, and a sentence for each that it cannot: its default stands then."""
+    usable, problems = dict(opts), []
+
+    def use(name: str, value: Any, wanted: str) -> None:
+        if value is None:
+            problems.append(f"{name}: {_said(opts[name])} is not allowed; it must be {wanted}")
+        usable[name] = _MASTER_DEFAULTS[name] if value is None else value
+
+    for name, most in (("keep_jobs_seconds", 10**12), ("tcp_master_pub_port", 65_535)):
+        given = opts.get(name, _MASTER_DEFAULTS[name])
+        good = isinstance(given, (int, float)) and not isinstance(given, bool) and 0 <= given <= most
+        use(name, type(_MASTER_DEFAULTS[name])(given) if good else None, "a whole number, 0 or more")
+    usable["keep_jobs_seconds"] = usable["keep_jobs_seconds"] or float("inf")  # 0: for ever
+    for name in ("cluster_peers", "event_return"):
+        given = opts.get(name) or []
+        given = [given] if isinstance(given, str) else given
+        good = isinstance(given, (list, tuple)) and all(isinstance(item, str) for item in given)
+        use(name, list(given) if good else None, "a text or a list of texts")
+    usable["id"] = str(opts["id"])
+    return usable, problems
+
+
+_MASTER_DEFAULTS: dict[str, Any] = {
+    "keep_jobs_seconds": 86_400.0,
+    "tcp_master_pub_port": 4512,
+    "cluster_peers": [],
+    "event_return": [],
+}
+
+
+def _said(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}..."
 
 
 def of_master(opts: Mapping[str, Any]) -> Mapping[str, Any]:
