@@ -27,7 +27,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 APT_INSTALL := $(APT) install -q -y --no-install-recommends
 
 .DEFAULT_GOAL := help
-.PHONY: help env mariadb mysql drivers lint test test-salt test-mysql test-faults demo demo-up demo-down bench bench-quick clean
+.PHONY: help env mariadb mysql drivers lint test test-salt test-mysql test-faults fuzz demo demo-up demo-down bench bench-quick clean
 
 help: ## List the targets
 	@echo "Two to begin with: make demo, make test."
@@ -85,6 +85,9 @@ test-mysql: env mysql ## Run the integration tests against MySQL in MariaDB's pl
 
 test-faults: env mariadb ## Run the whole fault suite: outages, crashes, bad rows, gaps, full disks (15 minutes)
 	HYPOTHESIS_PROFILE=faults $(PY) -m pytest --long -m faults -n 2 --dist loadfile
+
+fuzz: env mariadb ## Send events of all kinds through it, and look at every row: make fuzz EVENTS=1000000 (half an hour)
+	$(PY) -m tests.fuzz --events $(or $(EVENTS),1000000) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 demo: env mariadb ## See it work: a database, a master, two minions, real jobs, then the rows; stops at the end
 	@$(PY) -m demo

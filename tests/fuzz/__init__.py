@@ -1,0 +1,1 @@
+"""A fuzzer of events: see ``__main__.py``."""
