@@ -32,6 +32,7 @@ from .errors import (
     TransactionAborted,
 )
 from .settings import Connection
+from .waits import within
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +292,7 @@ class Session:
 
     async def _timed(self, work: Awaitable[Result]) -> Result:
         try:
-            result = await asyncio.wait_for(work, self.statement_timeout)
+            result = await within(work, self.statement_timeout)
         except asyncio.TimeoutError:
             self.close()
             raise AnswerTimeout(f"{self.host}: no answer within {self.statement_timeout:g} s") from None
@@ -395,7 +396,7 @@ class Database:
         connection.client_flag &= ~CLIENT.MULTI_STATEMENTS
         try:
             # ping() connects; the documented connect() gives no chance to clear the flag above.
-            await asyncio.wait_for(connection.ping(reconnect=True), self.connect_timeout)
+            await within(connection.ping(reconnect=True), self.connect_timeout)
         except asyncio.TimeoutError:
             connection.close()
             raise ServerUnavailable(f"{name}: no login within {self.connect_timeout:g} s") from None
@@ -437,8 +438,9 @@ def translate(exc: Exception, host: str) -> DatabaseError:
     number, text = (*exc.args, 0, "")[:2] if isinstance(exc, pymysql.MySQLError) else (0, str(exc))
     if not isinstance(number, int):
         number, text = 0, str(number)
-    broken = exc if isinstance(exc, ssl.SSLError) else exc.__cause__
-    if isinstance(broken, ssl.SSLError):
+    # PyMySQL keeps it beside, aiomysql behind.
+    causes = exc, exc.__cause__, getattr(exc, "original_exception", None)
+    if broken := next((cause for cause in causes if isinstance(cause, ssl.SSLError)), None):
         return OperatorNeeded(f"{host}: TLS failed: {broken}; check mysql.ssl_ca, mysql.ssl_cert and mysql.ssl_key")
     message = f"{host}: {text} ({number})" if number else f"{host}: {text or type(exc).__name__}"
     if number in _ROW_ERRORS:

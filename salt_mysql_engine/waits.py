@@ -1,4 +1,4 @@
-"""Waiting for an event for some time.
+"""Waiting for an event, or for work, for some time.
 
 Not with ``asyncio.wait_for()``: before Python 3.12 that swallows a cancellation which comes together with what it waits
 for, and a task that was told to end goes on (https://github.com/python/cpython/issues/86296).
@@ -7,6 +7,10 @@ for, and a task that was told to end goes on (https://github.com/python/cpython/
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 async def is_set_within(event: asyncio.Event, seconds: float | None) -> bool:
@@ -19,3 +23,22 @@ async def is_set_within(event: asyncio.Event, seconds: float | None) -> bool:
     finally:
         waiter.cancel()
     return event.is_set()
+
+
+async def within(work: Awaitable[Result], seconds: float) -> Result:
+    """What ``work`` gives; it is cancelled after so many seconds.
+
+    Raises:
+        TimeoutError: it was (``asyncio``'s, before Python 3.11).
+    """
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there to look at it
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            task.cancel()
+            await asyncio.wait({task})
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()

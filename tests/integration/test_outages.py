@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import re
+import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -731,6 +732,32 @@ async def test_a_row_that_is_too_much_by_itself_waits_for_a_person(
         assert await ship.dead_letters() == []
         await asyncio.to_thread(database.sql, "DROP TRIGGER dear")
         await catches_up(ship, database, count=5)
+
+
+async def test_a_name_that_stops_resolving_while_it_runs_is_waited_for(
+    database: Scratch, shipping: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, resolves = "db.salt.test", True
+    usual = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **more: Any) -> Any:
+        if host != name:
+            return usual(host, *args, **more)
+        if not resolves:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return usual(database.server.host, *args, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    async with shipping(mysql={"mysql.host": name}) as ship:
+        await ship.ship(*numbered(1, 5))
+        resolves = False
+        await ship.ship(*numbered(6, 10))  # a connection that is there needs no name
+        for number in connections(database):
+            database.sql("KILL %s", number)
+        await ship.take(*numbered(11, 15))
+        await ship.until(lambda: "Name or service not known" in ship.fault)
+        resolves = True
+        await catches_up(ship, database, count=15)
 
 
 async def test_the_second_host_is_used_while_the_first_is_away(database: Scratch, shipping: Make) -> None:

@@ -14,7 +14,7 @@ import pytest
 from salt_mysql_engine.errors import OperatorNeeded, ServerUnavailable, SettingsError
 from salt_mysql_engine.reader import Reader
 from tests.support.certificates import Authority, Pair
-from tests.support.mariadb import LOOPBACK, MariaDB
+from tests.support.mariadb import LOOPBACK, Server
 from tests.support.scratch import Scratch, scratch
 from tests.support.shipping import Shipping, returns
 
@@ -23,7 +23,7 @@ from tests.support.shipping import Shipping, returns
 class Secure:
     """A server with TLS, the authority behind its certificate, and a certificate for a client."""
 
-    server: MariaDB
+    server: Server
     authority: Authority
     client: Pair
 
@@ -37,7 +37,7 @@ class Secure:
 
 
 @pytest.fixture(scope="module")
-def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
+def secure(product: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
     directory = tmp_path_factory.mktemp("certificates")
     authority = Authority(directory)
     server = authority.sign("server", address=LOOPBACK)
@@ -46,7 +46,7 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
         f"--ssl-cert={server.certificate}",
         f"--ssl-key={server.key}",
     ]
-    with MariaDB(tmp_path_factory.mktemp("secure"), options=options) as running:
+    with product(tmp_path_factory.mktemp("secure"), options=options) as running:
         yield Secure(running, authority, authority.sign("client"))
 
 
@@ -98,9 +98,31 @@ async def test_the_returner_reads_over_tls_too(secure: Secure, guarded: Scratch,
 
 
 async def test_the_returner_does_not_read_in_the_clear_when_tls_is_asked_for(secure: Secure, database: Scratch) -> None:
+    if database.server.is_mysql:
+        pytest.skip("MySQL always has a certificate")
     reader = Reader({**database.mysql, **secure.ca})
     with pytest.raises((ServerUnavailable, SettingsError)):
         await asyncio.to_thread(reader.minions)
+
+
+async def test_a_certificate_that_expires_while_it_runs_is_named_and_its_renewal_is_enough(
+    secure: Secure, guarded: Scratch, tmp_path: Path
+) -> None:
+    async with Shipping(tmp_path, {**guarded.mysql, **secure.ca}) as ship:
+        await ship.ship(*returns(2))
+        secure.authority.sign("server", address=LOOPBACK, hours=-1)
+        await asyncio.to_thread(secure.server.restart)
+        try:
+            await ship.take(*returns(4))
+            await ship.until(lambda: "TLS failed" in ship.fault)
+            assert "certificate has expired" in ship.fault
+            with pytest.raises(OperatorNeeded, match="certificate has expired"):
+                await asyncio.to_thread(Reader({**guarded.mysql, **secure.ca}).minions)
+        finally:
+            secure.authority.sign("server", address=LOOPBACK)
+            await asyncio.to_thread(secure.server.restart)
+        await ship.drain()
+    assert guarded.count("salt_returns") == 4
 
 
 GREETING = (
@@ -139,6 +161,8 @@ async def test_without_tls_settings_the_connection_is_in_the_clear(guarded: Scra
 async def test_a_server_without_tls_is_refused_when_tls_is_asked_for(
     secure: Secure, database: Scratch, tmp_path: Path
 ) -> None:
+    if database.server.is_mysql:
+        pytest.skip("MySQL always has a certificate")
     assert "the server offers no TLS; enable it there, or remove mysql.ssl_*" in await refusal(
         tmp_path, database, secure.ca
     )
@@ -210,5 +234,5 @@ async def test_the_unix_socket_logs_in(database: Scratch, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("password", ["", "grün 😀 'x' \" \\"])
 async def test_any_password_logs_in(database: Scratch, tmp_path: Path, password: str) -> None:
-    database.sql(f"SET PASSWORD FOR `{database.name}` = PASSWORD(%s)", password)
+    database.sql(f"ALTER USER `{database.name}` IDENTIFIED BY %s", password)
     assert await cipher(tmp_path, database, {"mysql.pass": password}) == ""

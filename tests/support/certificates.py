@@ -29,16 +29,21 @@ class Authority:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self.pair = self._write(name, self._name, self._key, x509.BasicConstraints(ca=True, path_length=0))
 
-    def sign(self, name: str, *, address: str | None = None) -> Pair:
-        """A certificate for a client called `name`, or for a server at `address`."""
+    def sign(self, name: str, *, address: str | None = None, hours: float = 24) -> Pair:
+        """A certificate for a client called `name`, or for a server at `address`, that expires in so many hours."""
         key = ec.generate_private_key(ec.SECP256R1())
         if address is None:
-            return self._write(name, _name(name), key)
+            return self._write(name, _name(name), key, hours=hours)
         at = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
-        return self._write(name, _name(name), key, at)
+        return self._write(name, _name(name), key, at, hours=hours)
 
     def _write(
-        self, file: str, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *extensions: x509.ExtensionType
+        self,
+        file: str,
+        subject: x509.Name,
+        key: ec.EllipticCurvePrivateKey,
+        *extensions: x509.ExtensionType,
+        hours: float = 24,
     ) -> Pair:
         now = datetime.datetime.now(datetime.timezone.utc)
         builder = (
@@ -48,7 +53,7 @@ class Authority:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(hours=hours))
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
