@@ -25,8 +25,11 @@ from .errors import ControlError, EngineError
 
 log = logging.getLogger(__name__)
 
-_MAX_LINE_BYTES = 16 * 1024 * 1024
+_MAX_LINE_BYTES = 1024 * 1024
+_MOST_CONNECTIONS = 64
 _REQUEST_SECONDS = 5.0
+_ANSWER_SECONDS = 10.0
+"""For so long an answer waits for who does not read it."""
 _MARGIN_SECONDS = 5.0
 _BIND_AGAIN_SECONDS = 10.0
 _MOST_NAMED = 100
@@ -155,18 +158,25 @@ class Control:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        if len(self._serving) >= _MOST_CONNECTIONS:
+            writer.close()
+            return
         self._serving.add(task)
         try:
             line = await asyncio.wait_for(reader.readline(), _REQUEST_SECONDS)
-            writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
-            await writer.drain()
+            answer = await self._answer(line)
+            writer.transport.set_write_buffer_limits(0)
+            writer.write(json.dumps(answer).encode() + b"\n")
+            del answer
+            await asyncio.wait_for(writer.drain(), _ANSWER_SECONDS)
         except (OSError, ValueError, asyncio.TimeoutError) as exc:  # ValueError: a line without an end
             log.debug("A control connection ended early: %r", exc)
         except asyncio.CancelledError:  # the engine stops; asyncio would report a cancelled handler as a fault
             return
         finally:
             self._serving.discard(task)
-            writer.close()
+            # What was not read within its time is nobody's any more.
+            (writer.transport.abort if writer.transport.get_write_buffer_size() else writer.close)()
 
     async def _answer(self, line: bytes) -> dict[str, Any]:
         try:

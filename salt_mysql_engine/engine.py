@@ -11,9 +11,11 @@ Nothing is purged until the pillar was compiled in this run.
 from __future__ import annotations
 
 import asyncio
+import base64
 import collections
 import concurrent.futures
 import datetime
+import functools
 import gc
 import json
 import logging
@@ -37,6 +39,7 @@ from .intake import Intake, Taken
 from .jobcache import JobCache
 from .journal import Caps, Journal
 from .large import LargeEvents, Setup, setup_of
+from .letters import DeadLetter
 from .pillar import OwnPillar
 from .reconcile import Reconciler
 from .records import Selection
@@ -58,6 +61,8 @@ _PILLAR_NOTE = "pillar"
 _DAY, _END_OF_TIME = 86_400.0, 253_402_300_799.0  # seconds; the end of the year 9999
 _MOST_LETTERS = 1_000_000
 """As many as dead_letters_max allows."""
+_PAGE_LETTERS, _PIECE_BYTES, _ERROR_CHARACTERS = 200, 512 * 1024, 2000
+"""What one answer holds of dead letters."""
 _TAKE_SECONDS, _SELDOM_SECONDS = 0.1, 10.0
 """How often the spool is looked at: with a hand-off, and without one, for what an earlier one left."""
 _STOP_SECONDS = 3.0
@@ -210,12 +215,13 @@ class Engine:
                 self.dead_letters,
                 {
                     "after": Argument(int),
+                    "before": seq,
                     "seq": seq,
                     "limit": Argument(int, most=_MOST_LETTERS),
                     "newest": Argument(bool),
-                    "brief": Argument(bool),
                 },
             ),
+            "dead_letter": Verb(self.dead_letter, {"seq": Argument(int), "offset": Argument(int)}),
             "delete_dead_letters": Verb(self.delete_dead_letters, {"seq": seq}),
             "retry": Verb(self.retry, {"seq": seq, "trust": Argument(bool)}),
             "tables_changed": Verb(self.tables_changed),
@@ -483,35 +489,65 @@ class Engine:
             self._reconciler.ask(reason, since)
 
     async def dead_letters(
-        self, after: int = 0, seq: int | None = None, limit: int = 100, newest: bool = False, brief: bool = False
+        self,
+        after: int = 0,
+        before: int | None = None,
+        seq: int | None = None,
+        limit: int = 100,
+        newest: bool = False,
     ) -> list[dict[str, Any]]:
-        """Dead letters in the order of their ``seq``; ``brief``: of what they hold the function alone."""
-        letters = await self._in_journal(
-            lambda: self._journal.dead_letters(after=after, seq=seq, limit=limit, newest=newest)
+        """A page of dead letters in the order of their ``seq``, without what they hold but for tag and function."""
+        letters: list[DeadLetter] = await self._in_journal(
+            lambda: self._journal.dead_letters(
+                after=after, before=before, seq=seq, limit=min(limit, _PAGE_LETTERS), newest=newest, whole=False
+            )
         )
-        return [
-            {
-                "seq": letter.seq,
-                "captured_at": _moment(letter.captured_at),
-                "failed_at": _moment(letter.failed_at),
-                "jid": letter.jid,
-                "minion": letter.minion,
-                "reason": letter.reason,
-                "error": letter.error,
-                **({"fun": records.function_of(letter.body)} if brief else records.describe(letter.body)),
-            }
-            for letter in letters
-        ]
+        page: list[dict[str, Any]] = []
+        for letter in letters:
+            # One by one: for the ends of a large one the database reads all of it, and others want the journal, too.
+            tag, fun = records.told(*await self._in_journal(self._journal.ends_of_dead_letter, letter.seq))
+            page.append(
+                {
+                    "seq": letter.seq,
+                    "captured_at": _moment(letter.captured_at),
+                    "failed_at": _moment(letter.failed_at),
+                    "jid": letter.jid,
+                    "minion": letter.minion,
+                    "fun": fun,
+                    "tag": tag,
+                    "bytes": letter.size,
+                    "reason": letter.reason,
+                    "error": letter.error[:_ERROR_CHARACTERS],
+                }
+            )
+        return page
+
+    async def dead_letter(self, seq: int = 0, offset: int = 0) -> str:
+        """Some of what a dead letter holds, from ``offset`` on, in base64; nothing when that was all."""
+        piece = await self._in_journal(self._journal.piece_of_dead_letter, seq, offset, _PIECE_BYTES)
+        return base64.b64encode(piece).decode()
 
     async def delete_dead_letters(self, seq: int | None = None) -> dict[str, int]:
         """Drops one dead letter, or all."""
-        return {"deleted": await self._in_journal(self._journal.delete_dead_letters, seq)}
+        return {"deleted": await self._by_portions(self._journal.delete_dead_letters, seq)}
 
     async def retry(self, seq: int | None = None, trust: bool = False) -> dict[str, int]:
         """Makes one dead letter, or all, pending again."""
-        again = await self._in_journal(lambda: self._journal.retry_dead_letters(seq, trusted=trust))
-        self._writer.announce(again, 0)
-        return {"retried": again}
+        retry = functools.partial(self._journal.retry_dead_letters, trusted=trust)
+        return {"retried": await self._by_portions(retry, seq, done=lambda again: self._writer.announce(again, 0))}
+
+    async def _by_portions(
+        self, work: Callable[..., int], seq: int | None, *, done: Callable[[int], None] = lambda _: None
+    ) -> int:
+        """Does something with one dead letter or all that there are now, a portion at a time; gives how many."""
+        through = await self._in_journal(self._journal.newest_dead_letter)
+        total = 0
+        while some := await self._in_journal(lambda: work(seq, through=through)):
+            total += some
+            done(some)
+            if seq is not None:
+                break
+        return total
 
     async def tables_changed(self) -> dict[str, Any]:
         """Someone brought the tables to another shape: they are looked at before the next batch."""

@@ -384,24 +384,49 @@ class Journal(MendedFile):
 
     @mended
     def dead_letters(
-        self, *, after: int = 0, seq: int | None = None, limit: int = 100, newest: bool = False
+        self,
+        *,
+        after: int = 0,
+        before: int | None = None,
+        seq: int | None = None,
+        limit: int = 100,
+        newest: bool = False,
+        whole: bool = True,
     ) -> list[DeadLetter]:
-        """Dead letters by ``seq``: the first above ``after``, the ``newest``, or the one of ``seq``."""
-        return letters.read(self._db, after=after, seq=seq, limit=limit, newest=newest)
+        """Dead letters by ``seq``: the first above ``after``, the ``newest`` below ``before``, or the one of ``seq``;
+        ``whole``: with their bodies."""
+        return letters.read(self._db, after=after, before=before, seq=seq, limit=limit, newest=newest, whole=whole)
 
     @mended
-    def delete_dead_letters(self, seq: int | None) -> int:
-        """Drops one dead letter, or all; gives how many."""
+    def ends_of_dead_letter(self, seq: int) -> tuple[bytes, bytes]:
+        """How the body of one begins, and how it ends."""
+        return letters.ends(self._db, seq)
+
+    @mended
+    def piece_of_dead_letter(self, seq: int, offset: int, length: int) -> bytes:
+        """Some bytes of the body of one."""
+        return letters.piece(self._db, seq, offset, length)
+
+    @mended
+    def newest_dead_letter(self) -> int:
+        """The ``seq`` of the newest; 0 when there is none."""
+        (seq,) = self._db.execute("SELECT COALESCE(MAX(seq), 0) FROM dead_letters").fetchone()
+        return int(seq)
+
+    @mended
+    def delete_dead_letters(self, seq: int | None, *, through: int | None = None) -> int:
+        """Drops one dead letter, or all, or a portion of those up to ``through``; gives how many."""
         with self._transaction():
-            deleted = letters.delete(self._db, seq)
+            deleted = letters.delete(self._db, seq, through)
             journalfile.count(self._db, {"dropped.dead_letter_deleted": deleted})
         return deleted
 
     @mended
-    def retry_dead_letters(self, seq: int | None, *, trusted: bool) -> int:
-        """Makes one dead letter, or all, pending again in the state that each had; ``trusted``: as confirmed."""
+    def retry_dead_letters(self, seq: int | None, *, trusted: bool, through: int | None = None) -> int:
+        """Makes one dead letter, or all, or a portion of those up to ``through``, pending again in the state that each
+        had; ``trusted``: as confirmed. Gives how many."""
         with self._transaction():
-            again = letters.revive(self._db, seq, trusted=trusted)
+            again = letters.revive(self._db, seq, through, trusted=trusted)
         self.pending += again
         return again
 

@@ -10,6 +10,12 @@ from typing import Any, NamedTuple
 from . import salvage
 from .journalfile import CONFIRMED, STUB
 
+_NOTHING = "x'', LENGTH(body)"
+"""In a body's place, and its size."""
+_END_BYTES = 4096
+_PORTION_LETTERS, _PORTION_BYTES = 500, 4 * 1024 * 1024
+"""What is tried again or deleted in one transaction, so that the journal is free in between."""
+
 
 class DeadLetter(NamedTuple):
     """An event that became no row; times in seconds since the epoch.
@@ -27,6 +33,8 @@ class DeadLetter(NamedTuple):
     error: str
     state: int
     body: bytes
+    size: int = 0
+    """Of the body, which a list leaves out."""
 
 
 def bury(db: sqlite3.Connection, seq: int, reason: str, error: str) -> int:
@@ -65,13 +73,26 @@ def trim(db: sqlite3.Connection, *, most: int, max_bytes: int) -> int:
             ).rowcount
 
 
-def read(db: sqlite3.Connection, *, after: int, seq: int | None, limit: int, newest: bool) -> list[DeadLetter]:
-    """By ``seq``: the first above ``after``, the ``newest``, or the one of ``seq``."""
-    where, value = ("seq > ?", after) if seq is None else ("seq = ?", seq)
+def read(
+    db: sqlite3.Connection,
+    *,
+    after: int,
+    before: int | None,
+    seq: int | None,
+    limit: int,
+    newest: bool,
+    whole: bool,
+) -> list[DeadLetter]:
+    """By ``seq``: the first above ``after``, the ``newest`` below ``before``, or the one of ``seq``; ``whole``: with
+    their bodies."""
+    where, values = ("seq > ?", [after]) if seq is None else ("seq = ?", [seq])
+    if before is not None:
+        where, values = f"{where} AND seq < ?", [*values, before]
+    order = "DESC" if newest else "ASC"
     rows = db.execute(
-        "SELECT seq, captured_at, failed_at, jid, minion, reason, error, state, body FROM dead_letters "
-        f"WHERE {where} ORDER BY seq {'DESC' if newest else 'ASC'} LIMIT ?",
-        (value, limit),
+        "SELECT seq, captured_at, failed_at, jid, minion, reason, error, state, "
+        f"{'body, 0' if whole else _NOTHING} FROM dead_letters WHERE {where} ORDER BY seq {order} LIMIT ?",
+        (*values, limit),
     ).fetchall()
     letters = [DeadLetter._make(row) for row in (reversed(rows) if newest else rows)]
     for letter in letters:
@@ -82,16 +103,30 @@ def read(db: sqlite3.Connection, *, after: int, seq: int | None, limit: int, new
     return letters
 
 
-def delete(db: sqlite3.Connection, seq: int | None) -> int:
-    """Drops one, or all; gives how many."""
-    where, values = _which(seq)
+def ends(db: sqlite3.Connection, seq: int) -> tuple[bytes, bytes]:
+    """How one's body begins, and how it ends."""
+    row = db.execute(
+        f"SELECT substr(body, 1, {_END_BYTES}), substr(body, -{_END_BYTES}) FROM dead_letters WHERE seq = ?", (seq,)
+    ).fetchone()
+    return row or (b"", b"")
+
+
+def piece(db: sqlite3.Connection, seq: int, offset: int, length: int) -> bytes:
+    """Some bytes of one's body."""
+    row = db.execute("SELECT substr(body, ?, ?) FROM dead_letters WHERE seq = ?", (offset + 1, length, seq)).fetchone()
+    return row[0] if row else b""
+
+
+def delete(db: sqlite3.Connection, seq: int | None, through: int | None) -> int:
+    """Drops one, or all; of all up to ``through`` a portion. Gives how many."""
+    where, values = _which(db, seq, through)
     return db.execute(f"DELETE FROM dead_letters{where}", values).rowcount
 
 
-def revive(db: sqlite3.Connection, seq: int | None, *, trusted: bool) -> int:
+def revive(db: sqlite3.Connection, seq: int | None, through: int | None, *, trusted: bool) -> int:
     """Makes one, or all, events again, each in the state that it had; ``trusted``: that need no confirmation, but for
-    stubs, which hold nothing to be trusted. Gives how many."""
-    where, values = _which(seq)
+    stubs, which hold nothing to be trusted. Of all up to ``through`` a portion. Gives how many."""
+    where, values = _which(db, seq, through)
     state = f"CASE state WHEN {STUB} THEN {STUB} ELSE {CONFIRMED} END" if trusted else "state"
     again = db.execute(
         "INSERT INTO events (captured_at, jid, minion, body, state) "
@@ -103,5 +138,17 @@ def revive(db: sqlite3.Connection, seq: int | None, *, trusted: bool) -> int:
     return again
 
 
-def _which(seq: int | None) -> tuple[str, Sequence[Any]]:
-    return ("", ()) if seq is None else (" WHERE seq = ?", (seq,))
+def _which(db: sqlite3.Connection, seq: int | None, through: int | None) -> tuple[str, Sequence[Any]]:
+    if seq is not None:
+        return " WHERE seq = ?", (seq,)
+    if through is None:
+        return "", ()
+    last, room = 0, _PORTION_BYTES
+    for each, size in db.execute(
+        "SELECT seq, LENGTH(body) FROM dead_letters WHERE seq <= ? ORDER BY seq LIMIT ?", (through, _PORTION_LETTERS)
+    ):
+        room -= size
+        if last and room < 0:
+            break
+        last = each
+    return " WHERE seq <= ?", (last,)

@@ -51,7 +51,6 @@ _JID = re.compile(r"\d{20}(_\d{1,10})?", re.ASCII)
 _STAMP = re.compile(r"(20[0-3]\d-\d\d-\d\d)T((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:\.(\d{1,6}))?(?:\+00:00)?", re.ASCII)
 _WORTH_SPLICING = 512
 """Characters of JSON from which on splicing is quicker than serialising once more."""
-_SMALL_BYTES = 64 * 1024
 _EXT_DATETIME, _EXT_CONSTANT = 78, 79  # salt/payload.py 3008.3
 
 
@@ -398,9 +397,33 @@ def master_kind(fun: Any) -> Kind | None:
     return {"runner": Kind.RUNNER_RETURN, "wheel": Kind.WHEEL_RETURN}.get(fun.partition(".")[0])
 
 
+def told(head: bytes, tail: bytes) -> tuple[str, str]:
+    """An event's tag, and its function where it is found, by how its bytes begin and end: without opening it."""
+    tag = head.partition(SEPARATOR)[0][:MAX_TAG_BYTES].decode(errors="backslashreplace")
+    for text in (tail, head):  # in a return the function comes after the value
+        at = text.rfind(_FUN)
+        if at < 0:
+            continue
+        unpacker = msgpack.Unpacker(unicode_errors="backslashreplace", strict_map_key=False)
+        unpacker.feed(text[at + len(_FUN) :])
+        try:
+            fun = unpacker.unpack()
+        except (ValueError, TypeError, LookupError, RecursionError, msgpack.exceptions.UnpackException):
+            continue
+        if is_function(fun):
+            return tag, _fun_text(fun)
+    return tag, ""
+
+
+_FUN = b"\xa3fun"
+
+
 def describe(body: bytes) -> dict[str, Any]:
     """An event for people and programs: ``tag`` and ``data``, in JSON's own types; else its ``bytes`` in base64."""
-    event = open_event(body)
+    try:
+        event = open_event(body)
+    except TooManyObjects:
+        event = Ignored.UNDECODABLE
     if isinstance(event, Opened):
         return {"tag": event.tag, "data": json.loads(jsontext.dumps(event.data))}
     return {"bytes": base64.b64encode(body).decode()}
@@ -417,13 +440,6 @@ def limit_objects(most: int) -> None:
     """From now on this process unpacks nothing of more objects. Up to twice as many are made until that is known."""
     global _most_objects
     _most_objects = most
-
-
-def function_of(body: bytes) -> str | None:
-    """The function that an event names; ``None`` where it names none, or is too large to be taken apart for that."""
-    event = open_event(body) if len(body) <= _SMALL_BYTES else None
-    fun = event.data.get("fun") if isinstance(event, Opened) else None
-    return _fun_text(fun) if fun is not None and is_function(fun) else None
 
 
 def unpack(payload: bytes) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import concurrent.futures
 import json
 import os
@@ -21,7 +22,9 @@ _LOGIN_SECONDS = 5.0
 _STATEMENT_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 _BAR_CHARACTERS = 30
-_EXPORT_LETTERS = 20
+_ALL_SECONDS = 600.0
+_MOST_OBJECTS = 1_000_000
+"""A dead letter of more is shown as its bytes."""
 
 
 def status(opts: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,14 +92,36 @@ def dead_letters(
         found = control.ask(opts, "dead_letters", timeout=30.0, seq=_number("show", show))
         if not found:
             raise EngineError(f"there is no dead letter {show}")
-        return dict(found[0])
+        return _whole(opts, found[0])
     if delete is not None:
-        return dict(control.ask(opts, "delete_dead_letters", timeout=30.0, seq=_number_or_all("delete", delete)))
+        return dict(
+            control.ask(opts, "delete_dead_letters", timeout=_ALL_SECONDS, seq=_number_or_all("delete", delete))
+        )
     if export is not None:
         return _export(opts, Path(str(export)))
     count = _number("limit", limit)
-    letters = control.ask(opts, "dead_letters", timeout=30.0, limit=count, newest=True, brief=True)
-    return list(letters)
+    letters: list[dict[str, Any]] = []
+    while len(letters) < count:
+        before = letters[0]["seq"] if letters else None
+        left = count - len(letters)
+        page = control.ask(opts, "dead_letters", timeout=30.0, limit=left, newest=True, before=before)
+        if not page:
+            break
+        letters = [*page, *letters]
+    return letters
+
+
+def _whole(opts: Mapping[str, Any], letter: Mapping[str, Any]) -> dict[str, Any]:
+    """A dead letter with what it holds. It is opened here, and not in the engine."""
+    from . import records
+
+    body = b""
+    while piece := base64.b64decode(
+        control.ask(opts, "dead_letter", timeout=30.0, seq=letter["seq"], offset=len(body))
+    ):
+        body += piece
+    records.limit_objects(_MOST_OBJECTS)
+    return {**letter, **records.describe(body)}
 
 
 def _export(opts: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -107,9 +132,9 @@ def _export(opts: Mapping[str, Any], path: Path) -> dict[str, Any]:
     except OSError as exc:
         raise EngineError(f"export: {path} cannot be created: {exc.strerror}") from exc
     with os.fdopen(fd, "w", encoding="utf-8") as file:
-        while letters := control.ask(opts, "dead_letters", timeout=60.0, after=last, limit=_EXPORT_LETTERS):
+        while letters := control.ask(opts, "dead_letters", timeout=30.0, after=last):
             for letter in letters:
-                file.write(json.dumps(letter, ensure_ascii=False) + "\n")
+                file.write(json.dumps(_whole(opts, letter), ensure_ascii=False) + "\n")
             count, last = count + len(letters), letters[-1]["seq"]
     return {"exported": count, "path": str(path)}
 
@@ -123,7 +148,7 @@ def retry(opts: Mapping[str, Any], which: Any, trust: Any) -> dict[str, Any]:
     if not isinstance(trust, bool):
         raise EngineError(f"trust: {trust!r} must be True or False")
     seq = _number_or_all("the first argument", which)
-    done = dict(control.ask(opts, "retry", timeout=60.0, seq=seq, trust=trust))
+    done = dict(control.ask(opts, "retry", timeout=_ALL_SECONDS, seq=seq, trust=trust))
     if seq is not None and not done["retried"]:
         raise EngineError(f"there is no dead letter {which}")
     return done

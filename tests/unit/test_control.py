@@ -281,3 +281,46 @@ def leave_a_socket(opts: dict[str, Any]) -> Path:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
     return path
+
+
+async def test_who_does_not_read_an_answer_is_hung_up_on_and_holds_nobody_up(
+    opts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def much() -> str:
+        return "x" * 4_000_000
+
+    monkeypatch.setattr(control, "_ANSWER_SECONDS", 0.2)
+    path = control.socket_path(opts)
+    served = Control(path, {"much": Verb(much), "echo": Verb(echo, {"x": Argument(int)})})
+    task = asyncio.create_task(served.run())
+    await asyncio.wait_for(listening(path), 10)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+        sock.sendall(b'{"verb": "much"}\n')
+        assert await ask(opts, "echo", x=1) == {"x": 1}
+        deadline = asyncio.get_running_loop().time() + 10
+        while served._serving:
+            assert asyncio.get_running_loop().time() < deadline
+            await asyncio.sleep(0.01)
+        sock.settimeout(10)
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while piece := await asyncio.to_thread(sock.recv, 65536):
+                received += len(piece)
+        assert received < 4_000_000
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.usefixtures("engine")
+async def test_more_connections_than_are_served_are_closed_and_the_others_answered(
+    opts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_MOST_CONNECTIONS", 3)
+    idle = [await asyncio.open_unix_connection(control.socket_path(opts)) for _ in range(3)]
+    reader, writer = await asyncio.open_unix_connection(control.socket_path(opts))
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    idle[0][1].write(b'{"verb": "echo"}\n')
+    assert json.loads(await asyncio.wait_for(idle[0][0].read(), 10)) == {"result": {}}
+    for _, each in [*idle, (reader, writer)]:
+        each.close()

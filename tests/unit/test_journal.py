@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import msgpack
 import psutil
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from salt_mysql_engine import journal as journal_module
-from salt_mysql_engine import journalfile
+from salt_mysql_engine import journalfile, records
 from salt_mysql_engine.errors import JournalError
 from salt_mysql_engine.journal import Caps, DeadLetter, Entry, Journal, NewEvent, Settlement
 from salt_mysql_engine.journalfile import CONFIRMED, STUB, UNCHECKED
@@ -1244,3 +1245,38 @@ def test_what_is_deferred_is_not_what_the_writer_is_behind_with(journal: Journal
     assert journal.oldest() == 1.0
     assert journal.oldest({1, 2, 4}) == 3.0
     assert journal.oldest(range(1, 6)) is None
+
+
+def test_a_list_of_dead_letters_has_no_bodies_and_all_of_them_are_retried_in_portions(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "many")
+    journal.open()
+    body = b"salt/job/20260329000000000001/ret/web1\n\n" + b"x" * 3_000_000 + b"\xa3fun\xa9test.ping"
+    for _ in range(5):
+        journal.append([NewEvent(1.0, "20260329000000000001", "web1", body)])
+        (seq,) = [entry.seq for entry in journal.read(after=0, rows=9, max_bytes=9)]
+        journal.settle(Settlement([seq], {}, {seq: ("refused", "too long")}))
+    listed = journal.dead_letters(whole=False)
+    assert [(letter.body, letter.size) for letter in listed] == [(b"", len(body))] * 5
+    assert records.told(*journal.ends_of_dead_letter(listed[0].seq)) == (
+        "salt/job/20260329000000000001/ret/web1",
+        "test.ping",
+    )
+    assert journal.piece_of_dead_letter(listed[0].seq, len(body) - 4, 100) == b"ping"
+    assert journal.piece_of_dead_letter(listed[0].seq, len(body), 100) == b""
+    through = journal.newest_dead_letter()
+    again = []
+    while some := journal.retry_dead_letters(None, trusted=False, through=through):
+        again.append(some)
+    assert again == [1, 1, 1, 1, 1]
+    assert journal.pending == 5
+    journal.close()
+
+
+@pytest.mark.parametrize("size", [0, 5, 31, 32, 255])
+def test_the_function_of_an_event_is_told_by_its_ends(size: int) -> None:
+    event = b"tag\n\n" + msgpack.packb({"return": "x" * 9000, "fun": "f" * size, "id": "a"})
+    assert records.told(event[:4096], event[-4096:]) == ("tag", "f" * size)
+    assert records.told(event[:50], event[-10:]) == ("tag", "")
+    several = b"tag\n\n" + msgpack.packb({"return": "x" * 9000, "fun": ["a.b", "c.d"]})
+    assert records.told(several[:4096], several[-4096:]) == ("tag", "a.b,c.d")
+    assert records.told(b"\xff", b"") == ("\\xff", "")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from salt_mysql_engine import jsontext, records, settings, sql
 from salt_mysql_engine.records import Ignored, Kind, Record, Return, Selection, Tag
-from tests.support.shipping import body
 from tests.unit import values
 
 JID = "20260102030405000006"
@@ -229,24 +228,6 @@ def test_a_stamp_that_cannot_be_used_leaves_the_time_of_capture(stamp: Any) -> N
 @given(st.datetimes().map(lambda moment: moment.isoformat()) | st.from_regex(records._STAMP, fullmatch=True))
 def test_altered_always_has_the_documented_form(stamp: str) -> None:
     assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}", returned(_stamp=stamp).altered, re.ASCII)
-
-
-@pytest.mark.parametrize(
-    ("body", "fun"),
-    [
-        (body(JOB_RETURN, a_return()), a_return()["fun"]),
-        (body(JOB_RETURN, a_return(fun=["test.ping", "test.arg"])), "test.ping,test.arg"),
-        (body(JOB_RETURN, a_return(fun="f" * 300)), "f" * 255),
-        (body(JOB_RETURN, a_return(fun=...)), None),
-        (body(JOB_RETURN, a_return(fun=5)), None),
-        (body(JOB_RETURN, a_return(**{"return": "x" * 70_000})), None),
-        (b"nonsense", None),
-    ],
-)
-def test_the_function_that_a_dead_letter_is_about_is_told_without_opening_large_ones(
-    body: bytes, fun: str | None
-) -> None:
-    assert records.function_of(body) == fun
 
 
 # What is no row, and why

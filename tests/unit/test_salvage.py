@@ -69,7 +69,7 @@ def holdings(journal: Journal) -> dict[str, dict[int, tuple[object, ...]]]:
     """What the journal holds, by table and ``seq``, as its readers see it."""
     return {
         "events": {entry.seq: entry[:4] for entry in everything(journal)},
-        "dead_letters": {letter.seq: tuple(letter) for letter in journal.dead_letters(limit=10**6)},
+        "dead_letters": {letter.seq: letter[:9] for letter in journal.dead_letters(limit=10**6)},
     }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -142,7 +144,7 @@ def test_numbers_may_come_as_texts_as_the_command_line_gives_them(asked: list[di
     letters(delete="all")
     verbs.retry(OPTS, "all", True)
     assert asked == [
-        {"verb": "dead_letters", "limit": 5, "newest": True, "brief": True},
+        {"verb": "dead_letters", "limit": 5, "newest": True, "before": None},
         {"verb": "delete_dead_letters", "seq": 7},
         {"verb": "delete_dead_letters", "seq": None},
         {"verb": "retry", "seq": None, "trust": True},
@@ -171,9 +173,12 @@ def test_all_letters_are_exported_page_by_page_into_a_file_for_the_owner_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = [{"seq": seq, "tag": f"salt/job/{seq}/ret/ü", "data": {"return": "\u2028\n"}} for seq in range(1, 106)]
+    bodies = [str(letter["tag"]).encode() + b"\n\n" + msgpack.packb(letter["data"]) for letter in stored]
 
-    def ask(opts: Any, verb: str, *, timeout: float, after: int, limit: int) -> Any:
-        return [letter for letter in stored if int(str(letter["seq"])) > after][:limit]
+    def ask(opts: Any, verb: str, *, timeout: float, after: int = 0, seq: int = 0, offset: int = 0) -> Any:
+        if verb == "dead_letter":
+            return base64.b64encode(bodies[seq - 1][offset : offset + 16]).decode()
+        return [{"seq": seq} for seq in range(after + 1, min(after + 20, len(stored)) + 1)]
 
     monkeypatch.setattr(control, "ask", ask)
     path = tmp_path / "letters.jsonl"
@@ -184,6 +189,16 @@ def test_all_letters_are_exported_page_by_page_into_a_file_for_the_owner_only(
         letters(export=str(path))
     with pytest.raises(EngineError, match="cannot be created: No such file"):
         letters(export=str(tmp_path / "none" / "letters"))
+
+
+def test_a_list_is_put_together_from_pages_newest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(opts: Any, verb: str, *, timeout: float, limit: int, newest: bool, before: int | None) -> Any:
+        last = 50 if before is None else before - 1
+        return [{"seq": seq} for seq in range(max(1, last - min(limit, 20) + 1), last + 1)]
+
+    monkeypatch.setattr(control, "ask", ask)
+    assert [letter["seq"] for letter in letters(limit=45)] == list(range(6, 51))
+    assert [letter["seq"] for letter in letters(limit=1000)] == list(range(1, 51))
 
 
 # Progress
