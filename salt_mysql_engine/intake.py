@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import fcntl
 import heapq
 import logging
@@ -27,13 +28,15 @@ from .journalfile import CONFIRMED, NewEvent
 
 log = logging.getLogger(__name__)
 
-_STEP_BYTES, _LEAST_BYTES = 4 * 1024 * 1024, 64 * 1024
+_STEP_BYTES, _STEP_FILES = 4 * 1024 * 1024, 64
 _DRAIN_SECONDS = 2.0
 _SAY_SECONDS, _LAST_SECONDS = 0.5, 1.0
 _TIDY_SECONDS = 10.0
 _MARK = "spool "
 _MOST_JOBS = 10_000
 _TRIES = 20
+_NO_FILE = (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM)
+"""How the system says that a name is no file of ours."""
 _TORN = "dropped.spool_torn"
 
 
@@ -58,6 +61,7 @@ class _File:
         """What is before it was taken."""
         self.key = b""
         self.counted = tuple(int(taken.get(mark, 0)) for mark in self._count_marks)
+        self.read_at = 0.0
         self.is_ended = False
         """Whether its process writes nothing more into it."""
         self.is_suspect = False
@@ -101,6 +105,7 @@ class Intake:
         self._foreign: dict[str, int] = {}
         """How often each name was tried that is no file of ours: one that root makes is given away a moment later."""
         self._marks: dict[str, float] | None = None
+        self._more_files = False
         self._salvaged = ""
         self._since = moments.jid_at(time.time())
         self._jobs: dict[str, int] = {}
@@ -133,12 +138,12 @@ class Intake:
         Raises:
             sqlite3.Error: the journal cannot be written now; nothing was taken, and the same call may be made again.
         """
+        self.error = ""
         try:
             self._find()
         except OSError as exc:
             self._note(f"The spool in {self._place.path} cannot be read: {exc}")
             return Taken(0, 0, more=False)
-        self.error = ""
         step = self._read_all()
         events = [NewEvent(*record, CONFIRMED) for record in heapq.merge(*step.found, key=attrgetter("captured_at"))]
         if step.reached:
@@ -168,8 +173,10 @@ class Intake:
             names = [each.name for each in entries if each.name not in self._files]
         room = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2) - len(self._files)
         new = sorted(name for name in names if spool.NAME.fullmatch(name) and self._foreign.get(name, 0) < _TRIES)
-        for name in new[: max(0, room)]:
+        had = len(self._files)
+        for name in new[: max(0, min(room, _STEP_FILES))]:
             self._open(name, self._marks)
+        self._more_files = len(self._files) - had == _STEP_FILES
         now = time.monotonic()
         if now >= self._tidy_at:
             self._tidy_at = now + _TIDY_SECONDS
@@ -189,7 +196,10 @@ class Intake:
         except FileNotFoundError:
             return
         except OSError as exc:
-            self._ignore(name, str(exc))
+            if exc.errno in _NO_FILE:
+                self._ignore(name, str(exc))
+            else:  # no more descriptors, say
+                self._note(f"The spool file {name} cannot be opened: {exc}")
             return
         if os.fstat(file).st_uid not in (os.geteuid(), os.fstat(self._place.spool).st_uid):
             os.close(file)
@@ -244,9 +254,12 @@ class Intake:
                 busy.append(file)
             elif file.is_ended and file.name not in step.reached:
                 step.finished.append(file)
+        step.more |= len(busy) > _STEP_FILES or self._more_files
+        busy = sorted(busy, key=lambda each: each.read_at)[:_STEP_FILES]
         for file in busy:
+            file.read_at = time.monotonic()
             with self._noting(file):
-                self._read(file, max(_LEAST_BYTES, _STEP_BYTES // len(busy)), step)
+                self._read(file, _STEP_BYTES // len(busy), step)
         return step
 
     @contextlib.contextmanager

@@ -273,18 +273,24 @@ class Journal(MendedFile):
     @mended
     def held(self, *, jid: str | None, at: int, rows: int, max_bytes: int) -> list[Entry]:
         """For those who read: what waits of a job, oldest first, above the ``seq`` ``at``; without a ``jid`` of
-        everything, newest first, below ``at`` (0: all)."""
+        everything, newest first, below ``at`` (0: all). Large ones without their body."""
         if jid is not None:
             which, values = "jid = ? AND seq > ? ORDER BY seq", (jid, at, rows)
         else:
             which, values = "? = '' AND seq < ? ORDER BY seq DESC", ("", at or 2**62, rows)
         found: list[Entry] = []
-        for row in self._db.execute(f"SELECT seq, captured_at, body, state FROM events WHERE {which} LIMIT ?", values):
+        for row in self._db.execute(f"{_SELECT} WHERE {which} LIMIT ?", values):
             found.append(_entry(row))
             max_bytes -= len(row[2])
             if max_bytes <= 0:
                 break
         return found
+
+    @mended
+    def part_of(self, seq: int, start: int, size: int) -> bytes:
+        """Some of an event's body; nothing where there is no more, or the event is gone."""
+        row = self._db.execute("SELECT substr(body, ?, ?) FROM events WHERE seq = ?", (start + 1, size, seq)).fetchone()
+        return bytes(row[0]) if row is not None else b""
 
     @mended
     def rows_of(self, jid: str) -> int:

@@ -109,22 +109,16 @@ class Pending:
         return self._in_journal(jid) + handed_over, False
 
     def _of_engine(self, jid: str | None) -> tuple[list[_Row], bool]:
-        socket = str(self._opts.get("sock_dir"))
-        if time.monotonic() < _silent_until.get(socket, 0.0):
-            raise ControlError("the engine did not answer a moment ago")
         rows: list[_Row] = []
         page: dict[str, Any] = {"at": 0}
         behind = whole = False
         room = MOST_BYTES
         while True:
-            began = time.monotonic()
-            try:
-                page = control.ask(self._opts, "pending", timeout=0.0, margin=_ANSWER_SECONDS, jid=jid, at=page["at"])
-            except (ControlError, KeyError) as exc:
-                if time.monotonic() - began >= _ANSWER_SECONDS / 2:
-                    _silent_until[socket] = time.monotonic() + _PAUSE_SECONDS
-                raise ControlError(str(exc)) from exc
-            new = [(seq, at, base64.b64decode(body), state) for seq, at, body, state in page["events"]]
+            page = self._ask_engine("pending", jid=jid, at=page["at"])
+            new = [
+                (seq, at, self._large(seq, size) if size else base64.b64decode(body), state)
+                for seq, at, body, state, size in page["events"]
+            ]
             rows += new
             room -= sum(len(row[2]) for row in new)
             behind, whole = behind or page["behind"], page["whole"]
@@ -133,6 +127,25 @@ class Pending:
         self.away = page["away"]
         rows.sort(key=lambda row: row[0])
         return rows + (self._in_spool(jid) if behind else []), whole and not behind
+
+    def _large(self, seq: int, size: int) -> bytes:
+        """A body that has no room in a page; what is left of it when it has gone into MySQL meanwhile."""
+        body = b""
+        while len(body) < size and (part := self._ask_engine("pending_part", seq=seq, start=len(body))):
+            body += base64.b64decode(part)
+        return body
+
+    def _ask_engine(self, verb: str, **arguments: Any) -> Any:
+        socket = str(self._opts.get("sock_dir"))
+        if time.monotonic() < _silent_until.get(socket, 0.0):
+            raise ControlError("the engine did not answer a moment ago")
+        began = time.monotonic()
+        try:
+            return control.ask(self._opts, verb, timeout=0.0, margin=_ANSWER_SECONDS, **arguments)
+        except (ControlError, KeyError) as exc:
+            if time.monotonic() - began >= _ANSWER_SECONDS / 2:
+                _silent_until[socket] = time.monotonic() + _PAUSE_SECONDS
+            raise ControlError(str(exc)) from exc
 
     def _in_spool(self, jid: str | None) -> list[_Row]:
         """What was handed over and is in no journal yet, and perhaps some that is."""

@@ -456,11 +456,13 @@ class HandOff:
         header = HEADER.pack(MAGIC, key, *counts)
         for _ in range(_TRIES):
             self._number += 1
-            file = folders.create(self._place.spool, f"{self._process}-{self._number:06d}.spool")
+            name = f"{self._process}-{self._number:06d}.spool"
+            file = folders.create(self._place.spool, name)
             try:
                 if _is_begun(file, header):
                     return file
-            except BaseException:
+            except BaseException:  # a full disk, say
+                os.unlink(name, dir_fd=self._place.spool)
                 os.close(file)
                 raise
             os.close(file)
@@ -634,7 +636,4 @@ def current() -> HandOff | None:
 
 def of(opts: Mapping[str, Any]) -> HandOff:
     """This process's hand-off."""
-    found = current()
-    if found is None:
-        found = _of_process[os.getpid()] = HandOff(opts)
-    return found
+    return current() or _of_process.setdefault(os.getpid(), HandOff(opts))

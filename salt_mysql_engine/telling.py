@@ -14,6 +14,7 @@ from .journal import Journal
 from .writer import Writer
 
 _PAGE_EVENTS, _PAGE_BYTES = 1000, 1024 * 1024
+_PART_BYTES = 4 * 1024 * 1024
 _AWAY_SECONDS = 30.0
 """For how long somebody's word counts that the database does not answer."""
 
@@ -46,6 +47,7 @@ class Teller:
         """What is answered."""
         return {
             "pending": Verb(self.pending, {"jid": Argument(str, most=100, optional=True), "at": Argument(int)}),
+            "pending_part": Verb(self.pending_part, {"seq": Argument(int), "start": Argument(int)}),
             "database_away": Verb(self.database_away, {"error": Argument(str, most=1000)}),
         }
 
@@ -70,9 +72,13 @@ class Teller:
             "away": self._away(),
         }
 
-    def _held(self, jid: str | None, at: int) -> tuple[list[tuple[int, float, str, int]], bool, bool]:
+    async def pending_part(self, seq: int = 0, start: int = 0) -> str:
+        """Some of the body of an event that is too large for a page; nothing at its end."""
+        return str(await self._in_journal(lambda: _text(self._journal.part_of(seq, start, _PART_BYTES))))
+
+    def _held(self, jid: str | None, at: int) -> tuple[list[tuple[int, float, str, int, int]], bool, bool]:
         entries = self._journal.held(jid=jid, at=at, rows=_PAGE_EVENTS, max_bytes=_PAGE_BYTES)
-        held = [(entry.seq, entry.captured_at, base64.b64encode(entry.body).decode(), entry.state) for entry in entries]
+        held = [(entry.seq, entry.captured_at, _text(entry.body), entry.state, entry.size) for entry in entries]
         more = len(entries) == _PAGE_EVENTS or sum(len(entry.body) for entry in entries) >= _PAGE_BYTES
         return held, more, jid is not None and self._handed_off and self._intake.holds_whole(jid)
 
@@ -91,3 +97,7 @@ class Teller:
         at, error = self._said_away
         is_news = time.monotonic() - at < _AWAY_SECONDS and writer.committed_at < at
         return error if is_news else ""
+
+
+def _text(body: bytes) -> str:
+    return base64.b64encode(body).decode()

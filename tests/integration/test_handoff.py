@@ -354,7 +354,7 @@ def test_a_full_journal_gives_up_returns_counts_them_and_takes_every_publish(
     with engine(tmp_path, max_bytes=MIB) as (journal, taking):
         books = balanced(journal)
         assert (books["captured"], books["dropped"]) == (600, lost)
-        hand.returned(return_data(jid(999), "web1"))
+        hand.returned(return_data(jid(999), "web1", "x" * MIB))
         taking.drain()
         assert balanced(journal)["dropped"]["journal_full"] == books["dropped"]["journal_full"] + 1
     hand.close()
@@ -739,6 +739,20 @@ def test_short_processes_that_come_and_go_cost_the_workers_nothing(tmp_path: Pat
     )
 
 
+def test_many_files_that_short_processes_left_are_taken_in_small_steps(tmp_path: Path) -> None:
+    for number in range(1000):
+        hand = HandOff(opts(tmp_path))
+        hand._check_engine_at = float("inf")
+        hand.returned(return_data(jid(number), "web1", "x" * 1000))
+        hand.close()
+    with engine(tmp_path) as (journal, taking):
+        while files(tmp_path):
+            assert taking.step().events <= 64
+            assert len(taking._files) <= 200
+        assert balanced(journal)["captured"] == 1000
+    assert files(tmp_path) == []
+
+
 def test_workers_drop_nothing_while_large_dead_letters_are_tried_again(tmp_path: Path) -> None:
     script = (
         "print('ready', flush=True); sys.stdin.readline(); slowest = 0.0\n"
@@ -848,9 +862,12 @@ async def test_what_was_handed_over_is_told_at_once_by_the_engine_and_nobody_els
             hand.returned(return_data(jid(number), "web1", "x" * 50_000))
             found = await asyncio.to_thread(Pending(opts(tmp_path)).job, jid(number))
             assert (found.load["Minions"], list(found.returns)) == (["web1", "web2"], ["web1"])
+        hand.returned(return_data(jid(7), "large", "x" * 10 * MIB))
+        found = await asyncio.to_thread(Pending(opts(tmp_path)).job, jid(7))
+        assert found.returns["large"].return_json == '"' + "x" * 10 * MIB + '"'
         jobs = await asyncio.to_thread(Pending(opts(tmp_path)).jobs)
         assert sorted(jobs) == [jid(number) for number in range(100)]
-        assert {tuple(job.returns) for job in jobs.values()} == {("web1",)}
+        assert {tuple(job.returns) for job in jobs.values()} == {("web1",), ("web1", "large")}
 
 
 async def test_the_engine_knows_whether_it_holds_a_job_whole(
