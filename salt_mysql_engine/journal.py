@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 _KEEP_FREE_PAGES, _GIVE_BACK_PAGES = 4096, 4096  # 16 MiB each
 _CHECKPOINT_AGAIN_SECONDS = 0.1
+_LOG_BYTES = 4 * journalfile.WAL_BYTES
+"""A write-ahead log beyond this counts for the cap."""
 _WARN_SHARE, _CALM_SHARE = 0.8, 0.6
 _DROP_ROWS = 256
 
@@ -124,6 +126,7 @@ class Journal(MendedFile):
         """
         total = len(events)
         self.be_there()
+        self._keep_log_small()
         if events:
             journalfile.leave_room_to_settle(self._db, self.path)
         with self._transaction():
@@ -148,13 +151,14 @@ class Journal(MendedFile):
         Where the oldest are dropped, they make room.
         """
         self.be_there()
+        self._keep_log_small()
         if events:
             journalfile.leave_room_to_settle(self._db, self.path)
         freed = 0
         with self._transaction():
             if self.caps.drop_oldest:
                 self._measure()
-                freed, _ = self._free(journalfile.size_of(events), self.caps.max_bytes - self.used_bytes)
+                freed, _ = self._free(events)
             journalfile.insert(self._db, events)
             journalfile.count(self._db, {"captured": len(events), "dropped.journal_full": freed})
             journalfile.count(self._db, counts)
@@ -167,37 +171,47 @@ class Journal(MendedFile):
     def _fit(self, events: Sequence[NewEvent]) -> tuple[int, Sequence[NewEvent]]:
         """How many old events made room, and which of the new ones fit."""
         self._measure()
-        room = self.caps.max_bytes - self.used_bytes
-        size = journalfile.size_of(events)
-        freed = 0
-        if size > room and self.caps.drop_oldest:
-            freed, room = self._free(size, room)
-        if size <= room:
+        freed, room = self._free(events)
+        if journalfile.size_of(events) <= room:
             return freed, events
         fitting = []
         for event in events:
-            room -= len(event.body) + ROW_BYTES
-            if room < 0:
-                break
-            fitting.append(event)
+            size = journalfile.size_of([event])
+            if size <= room:
+                room -= size
+                fitting.append(event)
         return freed, fitting
 
-    def _free(self, size: int, room: int) -> tuple[int, int]:
-        """Deletes the oldest events until ``size`` bytes have room; gives how many, and the room then."""
-        freed = 0
-        while size > room and (victims := self._oldest_victims()):
-            enough = 0
-            while enough < len(victims) and size > room:
-                room += victims[enough][1] + ROW_BYTES
-                enough += 1
-            freed += self._delete_events(seq for seq, _ in victims[:enough])
-        return freed, room
+    def _free(self, events: Sequence[NewEvent]) -> tuple[int, int]:
+        """Deletes the oldest events until ``events`` have room, where that is asked for; gives how many, and the room.
 
-    def _oldest_victims(self) -> list[tuple[int, int]]:
-        """The ``seq`` and size of the oldest events that no batch holds."""
-        return self._db.execute(
-            "SELECT seq, LENGTH(body) FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (self._taken_through, _DROP_ROWS)
-        ).fetchall()
+        What cannot have room, however many went, takes none along.
+        """
+        # What cannot be emptied of the write-ahead log counts, and no deletion makes it smaller.
+        log_bytes = max(0, journalfile.wal_bytes(self.path) - _LOG_BYTES)
+        room = self.caps.max_bytes - self.used_bytes - log_bytes
+        sizes = sorted(journalfile.size_of([event]) for event in events)
+        wanted = sum(sizes)
+        if wanted <= room or not self.caps.drop_oldest or log_bytes:
+            return 0, room
+        victims: list[tuple[int, int]] = []
+        attainable = room
+        while sizes and sizes[-1] > self.caps.max_bytes:
+            wanted -= sizes.pop()
+        for seq, size in self._db.execute(
+            "SELECT seq, LENGTH(body) FROM events WHERE seq > ? ORDER BY seq", (self._taken_through,)
+        ):
+            if attainable >= wanted:
+                break
+            victims.append((seq, size + ROW_BYTES))
+            attainable += size + ROW_BYTES
+        while sizes and wanted > attainable:
+            wanted -= sizes.pop()
+        enough = 0
+        while enough < len(victims) and wanted > room:
+            room += victims[enough][1]
+            enough += 1
+        return self._delete_events(seq for seq, _ in victims[:enough]), room
 
     def _say_how_full(self, *, lost: int) -> None:
         share = self.used_bytes / self.caps.max_bytes
@@ -529,6 +543,11 @@ class Journal(MendedFile):
             self._db.execute("BEGIN IMMEDIATE")
             yield
         if time.monotonic() >= self._checkpoint_at:
+            self._empty_log()
+
+    def _keep_log_small(self) -> None:
+        """Before an append that counts what the log holds."""
+        if journalfile.wal_bytes(self.path) > _LOG_BYTES:
             self._empty_log()
 
     def _empty_log(self) -> None:

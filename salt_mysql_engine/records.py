@@ -49,6 +49,8 @@ _JID = re.compile(r"\d{20}(_\d{1,10})?", re.ASCII)
 """salt/utils/jid.py 3008.3: 20 digits of UTC, and ``_`` + pid with ``unique_jid``."""
 
 _STAMP = re.compile(r"(20[0-3]\d-\d\d-\d\d)T((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:\.(\d{1,6}))?(?:\+00:00)?", re.ASCII)
+_TIMESTAMPS = 86_400.0, 2_145_916_799.0
+"""What MySQL's TIMESTAMP has: not the first hours of 1970, and nothing from 2038 on, where a clock may be."""
 _WORTH_SPLICING = 512
 """Characters of JSON from which on splicing is quicker than serialising once more."""
 _EXT_DATETIME, _EXT_CONSTANT = 78, 79  # salt/payload.py 3008.3
@@ -513,10 +515,9 @@ def interpret(event: Opened, captured_at: float, selection: Selection) -> Record
     if "return" in data and selection.leaves_out(data.get("fun")):
         data, trimmed = {**data, "return": LEFT_OUT}, False
     chosen = chosen or selection.wants_event(tag)
-    if len(tag) > MAX_NAME_CHARACTERS and chosen:
-        return Ignored.TOO_LONG
     altered = _altered(data.get("_stamp"), captured_at)
-    stored = Event(tag, jsontext.dumps(data), altered) if chosen else None
+    # A long tag is cut, as a long function is: the row of an event must not take the job's along.
+    stored = Event(tag[:MAX_NAME_CHARACTERS], jsontext.dumps(data), altered) if chosen else None
     job = _job_rows(job_tag, data, altered, selection, trimmed)
     if isinstance(job, Record):
         return job if stored is None else job._replace(event=stored)
@@ -844,7 +845,7 @@ def _altered(stamp: Any, captured_at: float) -> str:
         day, time, fraction = said.groups()
         if is_day(day):
             return f"{day} {time}.{fraction or '':0<6}"
-    return utc(captured_at).strftime("%Y-%m-%d %H:%M:%S.%f")
+    return utc(min(max(captured_at, _TIMESTAMPS[0]), _TIMESTAMPS[1])).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
 @functools.lru_cache(maxsize=16)

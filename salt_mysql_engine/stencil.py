@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import collections
 import json
+import logging
 import math
 import re
 import struct
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 
 from . import jsontext, records, sql
 from .records import Opened, Record, Return, Selection
+
+log = logging.getLogger(__name__)
 
 _MOST_BYTES = 64 * 1024
 """Of an event. What is larger is rarely said twice."""
@@ -97,7 +100,13 @@ class Stencils:
         return None
 
     def learn(self, body: bytes, record: Record) -> None:
-        """Looks at an event that became a row the long way."""
+        """Looks at an event that became a row the long way. It never fails one."""
+        try:
+            self._learn(body, record)
+        except Exception as exc:  # noqa: BLE001 (what strangers send; the row is made)
+            log.debug("No stencil is made of an event: %r", exc)
+
+    def _learn(self, body: bytes, record: Record) -> None:
         self._passed += 1
         if self._passed % _SAMPLE or record.ret is None or record.ret.trimmed or self._selection.wants_events:
             return
@@ -153,6 +162,9 @@ class Stencils:
         if row.count(b"\0") != 6 or row.count(b"\1") != sight.has_ts:
             return None
         row = row.replace(b"%", b"%%")
+        # A number, or a text, says otherwise as a map's key: each must be the value of its own key, and stand once.
+        if not all(ret.return_json.count(_value_of(mark, packed)) == 1 for mark, packed in marks):
+            return None
         said = sql.quote(ret.return_json)[1:-1].replace("%", "%%").encode() if marks else b""
         if marks:
             if row.count(said) != 2:  # in `return` and in `full_ret`
@@ -223,6 +235,11 @@ def _marked(sight: _Sight) -> tuple[_Sight, list[tuple[bytes, str]]]:
     values = list(sight.values)
     values[within] = [struct.pack(">d", float(mark)) if packed == "d" else mark for mark, packed in marks]
     return sight._replace(values=tuple(values)), marks
+
+
+def _value_of(mark: bytes, packed: str) -> str:
+    """What JSON has of a mark that is the value of its key."""
+    return f'"duration": {mark.decode()}' if packed == "d" else f'"start_time": "{mark.decode()}"'
 
 
 def _other(sight: _Sight) -> _Sight:

@@ -709,8 +709,28 @@ def test_a_group_larger_than_the_whole_cap_loses_just_what_does_not_fit(journal:
     journal.append(events(10))
     taken = journal.append(events(100, body=bytes(50_000)))
     assert 10 < taken < 22
-    assert [len(entry.body) for entry in everything(journal)] == [50_000] * taken
-    assert (dropped(journal), balance(journal)) == ({"journal_full": 10 + 100 - taken}, 0)
+    left = [len(entry.body) for entry in everything(journal)]
+    assert left[-taken:] == [50_000] * taken
+    assert (dropped(journal), balance(journal)) == ({"journal_full": 110 - len(left)}, 0)
+
+
+@pytest.mark.parametrize("size", [2 * MIB, MIB - 10_000], ids=["above the cap", "as large as the cap"])
+def test_an_event_that_cannot_fit_takes_no_other_along(journal: Journal, size: int) -> None:
+    journal.caps = Caps(max_bytes=MIB, drop_oldest=True)
+    journal.append(events(150, body=bytes(4000)))
+    assert journal.append([*events(1), NewEvent(0.0, "huge", "m", bytes(size)), *events(1)]) == 2
+    assert len(everything(journal)) == 152
+    assert (dropped(journal), balance(journal)) == ({"journal_full": 1}, 0)
+
+
+def test_the_write_ahead_log_counts_for_the_cap(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal.caps = Caps(max_bytes=8 * MIB, drop_oldest=True)
+    assert journal.append(events(10)) == 10
+    monkeypatch.setattr(journalfile, "wal_bytes", lambda _: 25 * MIB)  # somebody reads, and it cannot be emptied
+    assert journal.append(events(10)) == 0
+    monkeypatch.undo()
+    assert journal.append(events(10)) == 10
+    assert (dropped(journal), balance(journal)) == ({"journal_full": 10}, 0)
 
 
 def test_it_warns_at_80_percent_once_and_again_only_after_it_had_room(

@@ -705,3 +705,24 @@ def test_what_is_refused_is_no_row_of_a_job_and_all_else_is(tag: str, payload: b
     outcome = records.interpret(event, CAPTURED_AT, chosen)
     is_row = isinstance(outcome, Record) and (outcome.load is not None or outcome.ret is not None)
     assert is_row == (records.refusal(event.job, event.data, chosen) is None)
+
+
+@pytest.mark.parametrize("length", [221, 222, 255])
+def test_a_long_id_keeps_its_return_where_events_are_stored_too(length: int) -> None:
+    minion = "m" * length
+    tag = f"salt/job/{JID}/ret/{minion}"
+    record = interpret(tag, a_return(id=minion), selection(events=["salt/job/*"]))
+    assert isinstance(record, Record)
+    assert record.ret is not None
+    assert record.event is not None
+    assert (record.ret.id, record.event.tag) == (minion, tag[:255])
+
+
+@pytest.mark.parametrize(("clock", "altered"), [(0.0, "1970-01-02"), (4e9, "2037-12-31"), (1e300, "2037-12-31")])
+def test_a_clock_that_no_timestamp_has_is_stored_as_the_nearest(clock: float, altered: str) -> None:
+    event = records.open_event(JOB_RETURN.encode() + b"\n\n" + values.packed(a_return(_stamp=...)))
+    assert isinstance(event, records.Opened)
+    record = records.interpret(event, clock, selection())
+    assert isinstance(record, Record)
+    assert record.ret is not None
+    assert record.ret.altered.startswith(altered)

@@ -9,6 +9,7 @@ from typing import Any
 import msgpack
 import pytest
 from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
 from salt_mysql_engine import records, settings, sql
@@ -196,3 +197,84 @@ def test_whatever_bytes_come_a_cut_row_is_that_of_the_long_way(
         event[place % len(event)] = byte
     cut = _TAUGHT.cut(bytes(event))
     assert cut is None or cut[1] == long_way(bytes(event))
+
+
+class Pairs(list[Any]):
+    """A map as its pairs, in any order and with a key as often as it comes."""
+
+
+_KEYS = st.sampled_from(
+    ["duration", "start_time", "_stamp", "id", "jid", "ts", "a", 1.5, 1e16, "10:11:12.131415", 7, b"x"]
+)
+_LEAVES = st.sampled_from(
+    ["duration", "start_time", "id", "web1", jid(1), STAMPS[0], "10:11:12.131415", 1.5, -0.0, 1e22, 1_790_000_000, True]
+) | st.floats(allow_nan=False, allow_infinity=False)
+_TREES = st.recursive(
+    _LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.lists(st.tuples(_KEYS, inner), max_size=4).map(Pairs),
+    max_leaves=12,
+)
+
+
+def packed(value: Any) -> bytes:
+    if isinstance(value, Pairs):
+        return bytes([0x80 | len(value)]) + b"".join(packed(each) for pair in value for each in pair)
+    if isinstance(value, list):
+        return bytes([0x90 | len(value)]) + b"".join(map(packed, value))
+    return bytes(msgpack.packb(value, use_bin_type=True))
+
+
+def mutated(value: Any, moved: float) -> Any:
+    """The same tree with other numbers and times, keys too."""
+    if isinstance(value, Pairs):
+        return Pairs((mutated(key, moved), mutated(item, moved)) for key, item in value)
+    if isinstance(value, list):
+        return [mutated(item, moved) for item in value]
+    if isinstance(value, float):
+        return value * moved
+    return "23:59:59.999999" if value == "10:11:12.131415" else value
+
+
+@settings_of_hypothesis(max_examples=300, deadline=None)
+@given(
+    top=st.lists(st.tuples(_KEYS, _TREES), max_size=4),
+    order=st.permutations(["id", "return", "jid", "fun", "ts", "_stamp", "success", "retcode"]),
+    moved=st.sampled_from([1.0, 3.0, 1e16, 1e-7, -1.0]),
+)
+def test_whatever_trees_come_a_cut_row_is_that_of_the_long_way(
+    top: list[tuple[Any, Any]], order: list[str], moved: float
+) -> None:
+    def event(job: str, minion: str, value: Any) -> bytes:
+        said = {"id": minion, "jid": job, "fun": "test.ping", "ts": 1_790_000_000, "_stamp": STAMPS[1]}
+        said |= {"return": value, "success": True, "retcode": 0}
+        whole = Pairs([*((key, said[key]) for key in order), ("cmd", "_return")])
+        return f"salt/job/{job}/ret/{minion}".encode() + b"\n\n" + packed(whole)
+
+    value = Pairs(top)
+    stencils = taught(event(jid(1), "web1", value), times=40)
+    for other in (event(jid(1), "web1", value), event(jid(2), "db-1", mutated(value, moved))):
+        cut = stencils.cut(other)
+        assert cut is None or cut[1] == long_way(other)
+
+
+@pytest.mark.parametrize("key", [1.5, "10:11:12.131415"])
+def test_what_is_a_key_of_a_map_is_no_place(key: Any) -> None:
+    name = "duration" if isinstance(key, float) else "start_time"
+    event = body(**{"return": {"x": name, key: 1}})
+    assert taught(event).cut(event) is None
+
+
+def test_learning_never_fails_an_event() -> None:
+    class Hostile(Stencils):
+        def _learn(self, *_: Any) -> None:
+            raise ZeroDivisionError
+
+    opened = records.open_event(body())
+    assert isinstance(opened, Opened)
+    record = records.interpret(opened, 0.0, SELECTION)
+    assert isinstance(record, Record)
+    Hostile(SELECTION).learn(body(), record)
+    for stamp in (..., 5, "2026-11-22"):
+        nested = {"_stamp": "2026-11-22T10:11:12.131415", "duration": 1.5}
+        event = body(_stamp=stamp, **{"return": nested, "fun_args": [nested]})
+        taught(event)
