@@ -18,7 +18,7 @@ from salt_mysql_engine.steady import Steady
 from tests.integration.test_schema import database_of
 from tests.support.mariadb import MariaDB
 from tests.support.oldtables import MAKERS
-from tests.support.scratch import Scratch, scratch
+from tests.support.scratch import Scratch, scratch, sequence
 from tests.support.shipping import MASTER, Shipping, body, published, return_data, returned
 
 Make = Callable[..., Shipping]
@@ -339,7 +339,7 @@ def test_a_job_of_ten_thousand_minions_is_told_in_a_page(database: Scratch, tmp_
     database.sql(
         f"INSERT INTO salt_returns ({OF_RETURN}) "
         "SELECT 'test.ping', %s, REPEAT('x', 100), CONCAT('m', seq), IF(seq %% 2, '0', '1'), "
-        "CONCAT('{\"return\": 1, \"retcode\": ', seq %% 3, '}') FROM seq_0_to_9999",
+        "CONCAT('{\"return\": 1, \"retcode\": ', seq %% 3, '}') FROM " + sequence(0, 9999),
         at(1),
     )
     found = history.job(master(database, tmp_path), at(1))

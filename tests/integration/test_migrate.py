@@ -368,6 +368,8 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(database: Scratch
 def test_what_would_get_lost_is_named_before_anything_is_changed(
     database: Scratch, opts: Opts, statement: str, words: str
 ) -> None:
+    if "VERSIONING" in statement and database.server.is_mysql:
+        pytest.skip("MySQL keeps no table's history")
     make_saltext(database)
     fill(database, 5)
     database.sql(statement)

@@ -26,7 +26,7 @@ import pytest
 from salt_mysql_engine import schema
 from tests.support.mariadb import MariaDB, Server, free_port, wait_until
 from tests.support.proxy import Proxy
-from tests.support.scratch import PASSWORD, Scratch, scratch
+from tests.support.scratch import PASSWORD, Scratch, scratch, sequence
 from tests.support.shipping import PATIENCE, Shipping, jid, return_data, returned
 
 pytestmark = pytest.mark.faults
@@ -228,8 +228,8 @@ async def test_returns_survive_a_restart_of_the_server(database: Scratch, shippi
     async with shipping() as ship:
         await ship.ship(*numbered(1, 5))
         await asyncio.to_thread(database.server.restart)
-        await ship.take(*numbered(6, 10))
-        await catches_up(ship, database, count=10)
+        await ship.ship(*numbered(6, 10))
+        await all_arrive(ship, database, count=10)
 
 
 async def test_without_a_request_the_writer_tries_again_by_itself(database: Scratch, shipping: Make) -> None:
@@ -390,6 +390,8 @@ async def test_a_statement_that_the_server_kills_is_sent_again(
     async with shipping() as ship:
         with locked_job(database, 3):
             await ship.take(*numbered(1, 5))
+            if database.server.is_mysql:
+                how = how.replace("HARD ", "")
             database.sql(f"{how} {await engine_waits_for_a_lock(database)}")
             await ship.until(lambda: ship.writer.retries > 0)
             assert re.search(r"\(1317\)" if "QUERY" in how else r"Lost connection|\(1927\)", ship.fault), ship.fault
@@ -399,10 +401,11 @@ async def test_a_statement_that_the_server_kills_is_sent_again(
 async def test_a_connection_that_the_server_kills_costs_one_retry(database: Scratch, shipping: Make) -> None:
     async with shipping() as ship:
         await ship.ship(*numbered(1, 5))
-        database.sql("KILL USER %s", database.name)
-        await ship.take(*numbered(6, 10))
-        await catches_up(ship, database, count=10)
-        assert ship.writer.retries == 1
+        for number in connections(database):
+            database.sql("KILL %s", number)
+        await ship.ship(*numbered(6, 10))
+        await all_arrive(ship, database, count=10)
+        assert ship.writer.retries <= 1  # none, where it was idle for long enough to be looked at first
         assert ship.fault == ""
 
 
@@ -485,10 +488,12 @@ async def test_a_row_that_another_transaction_locks_is_tried_again(
 
 
 async def test_the_victim_of_a_deadlock_is_tried_again(database: Scratch, shipping: Make, tables: None) -> None:
+    if database.server.is_mysql:
+        pytest.skip("its INNODB_TRX shows no statement with four-byte characters")
     database.sql("CREATE TABLE ballast (number INT PRIMARY KEY)")
     with database.server.connect(database=database.name, autocommit=False) as other, other.cursor() as cursor:
         # InnoDB's victim is the transaction that changed less.
-        cursor.execute("INSERT INTO ballast SELECT seq FROM seq_1_to_5000")
+        cursor.execute(f"INSERT INTO ballast SELECT seq FROM {sequence(1, 5000)}")
         cursor.execute(
             "INSERT INTO salt_returns (fun, jid, `return`, id, success, full_ret) VALUES ('', %s, '', %s, '', '')",
             (jid(5), "minion-5"),
@@ -621,7 +626,7 @@ async def test_the_next_host_takes_over_from_one_that_goes_away(
         elif not database.server.running:
             await asyncio.to_thread(database.server.start)
         assert database.count("salt_returns") == 5
-        await catches_up(ship, database, standby, count=10)
+        await all_arrive(ship, database, standby, count=10)
 
 
 def times_out(database: Scratch, proxy: Proxy) -> None:
@@ -926,8 +931,8 @@ def revoked(privilege: str) -> Refusal:
 REFUSALS = (
     Refusal(
         "wrong password",
-        "SET PASSWORD FOR `{db}` = PASSWORD('another')",
-        f"SET PASSWORD FOR `{{db}}` = PASSWORD('{pymysql.converters.escape_string(PASSWORD)}')",
+        "ALTER USER `{db}` IDENTIFIED BY 'another'",
+        f"ALTER USER `{{db}}` IDENTIFIED BY '{pymysql.converters.escape_string(PASSWORD)}'",
         "Access denied .* check mysql.user and mysql.pass in the master config",
     ),
     Refusal(
@@ -940,7 +945,7 @@ REFUSALS = (
         "locked account",
         "ALTER USER `{db}` ACCOUNT LOCK",
         "ALTER USER `{db}` ACCOUNT UNLOCK",
-        "locked .* unlock the user's account",
+        "locked.* unlock the user's account",
     ),
     Refusal(
         "unknown database",

@@ -463,7 +463,7 @@ async def test_minion_ids_that_look_alike_to_a_collation_are_rows_of_their_own(
 
 @pytest.mark.parametrize("one_batch", [True, False])
 async def test_in_tables_of_version_1_minion_ids_that_differ_in_a_trailing_space_do_not_swallow_each_other(
-    database: Scratch, shipping: Make, one_batch: bool
+    database: Scratch, shipping: Make, one_batch: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_version_1(database)
     ids = ("web1 ", "web1")
@@ -475,6 +475,7 @@ async def test_in_tables_of_version_1_minion_ids_that_differ_in_a_trailing_space
         }
         assert kept == set(ids)
         assert books["duplicates"] == 0
+    assert "are of an older shape" in caplog.text
 
 
 HOSTILE = (

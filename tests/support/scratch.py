@@ -70,6 +70,13 @@ class Scratch:
                 self.server.sql(f"SET GLOBAL {name} = %s", (value,))
 
 
+def sequence(first: int, last: int) -> str:
+    """A table expression of the numbers `first` to `last`, as `seq`."""
+    zeros = f"CONCAT('[', REPEAT('0,', {last - first}), '0]')"
+    numbered = f"JSON_TABLE({zeros}, '$[*]' COLUMNS (n FOR ORDINALITY)) AS zeros"
+    return f"(SELECT {first - 1} + n AS seq FROM {numbered}) AS numbers"
+
+
 _ORDER: Final = {"jids": "jid", "salt_returns": "jid, id", "salt_events": "id"}
 
 
