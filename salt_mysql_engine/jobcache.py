@@ -26,7 +26,7 @@ import heapq
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,12 +106,20 @@ class JobCache:
             and not opts.get("ext_job_cache")
         )
 
-    def confirm(self, events: Iterable[Opened], patience: float, *, max_bytes: int = MAX_FILE_BYTES) -> list[Answer]:
+    def confirm(
+        self,
+        events: Iterable[Opened],
+        patience: float,
+        *,
+        max_bytes: int = MAX_FILE_BYTES,
+        leaves_out: Callable[[Any], bool] = lambda _: False,
+    ) -> list[Answer]:
         """For each event the same as the cache has it.
 
         ``patience``: for how many seconds a file that does not come is taken for one that is being written.
         ``max_bytes``: of one file; an event that needs a larger one is :class:`TooLarge`. Some megabytes of files are
-        read in a call, and what is left over is :class:`NotAsked`.
+        read in a call, and what is left over is :class:`NotAsked`. Of what a runner or wheel function that
+        ``leaves_out`` names returned, the value is not read where it is larger.
         Each job's folder is opened, and its load read, once a call; one at a time.
         """
         read = 0
@@ -128,7 +136,7 @@ class JobCache:
                 continue
             try:
                 with _open_job(self._folder(jid)) as job:
-                    reader = _JobReader(job, max_bytes)
+                    reader = _JobReader(job, max_bytes, leaves_out)
                     for number, tag, data in of_job:
                         enough = read + reader.bytes_read >= _CALL_BYTES
                         answers[number] = NotAsked() if enough else self._confirm_in(reader, tag, data, patience)
@@ -183,7 +191,15 @@ class JobCache:
 
     def _returned(self, job: _JobReader, tag: Tag, data: Mapping[str, Any], patience: float) -> Opened | Ignored | None:
         minion = tag.minion if tag.kind is Kind.JOB_RETURN else self._master_id
-        cached = job.returned(minion)
+        too_large: _OverLimit | None = None
+        try:
+            cached = job.returned(minion)
+        except _OverLimit as exc:
+            cached, too_large = None, exc
+        if cached is None and tag.kind in records.MASTER_RETURNS:
+            cached = job.outline(minion)
+        if cached is None and too_large is not None:
+            raise too_large
         if cached is None:
             return Ignored.NOCACHE if _asked_not_to_be_kept(job) else None
         kind = records.master_return_kind(cached["return"], tag.jid) if minion == self._master_id else None
@@ -311,11 +327,12 @@ def _open_job(folder: str) -> Iterator[_OpenJob]:
 class _JobReader:
     """Reads the files of a job, its load once. Files of more than ``max_bytes`` raise :class:`_OverLimit`."""
 
-    def __init__(self, job: _OpenJob, max_bytes: int) -> None:
+    def __init__(self, job: _OpenJob, max_bytes: int, leaves_out: Callable[[Any], bool] = lambda _: False) -> None:
         self.path = job.path
         self.fd = job.fd
         self.max_bytes = max_bytes
         self.bytes_read = 0
+        self._leaves_out = leaves_out
         self._load: dict[str, Any] | None = None
         self._is_read = False
 
@@ -347,6 +364,22 @@ class _JobReader:
                 if cached is None and entry.name.startswith(_ATOMIC_WRITE):
                     cached = _read(entry.path, max_bytes=self.max_bytes)
         return cached if isinstance(cached, dict) and "return" in cached else None
+
+    def outline(self, minion: str) -> dict[str, Any] | None:
+        """What the cache has of a return of the master's own, where the value is not wanted: without it."""
+        if self.fd is None or not _is_name(minion):
+            return None
+        try:
+            fd = os.open(f"{minion}/return.p", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.fd)
+            with os.fdopen(fd, "rb") as file:
+                said = records.outline_of_master_return(file, self._leaves_out)
+        except OSError as exc:
+            if exc.errno not in _NO_FILE:
+                raise
+            return None
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return None
+        return None if said is None else {"return": said}
 
 
 def _minions(folder: str) -> list[str] | None:
@@ -470,7 +503,7 @@ def _content(path: str, folder_fd: int | None, max_bytes: int) -> bytes | None:
         if size > max_bytes:
             raise _OverLimit(size)
         with open(fd, "rb", closefd=False) as file:  # a descriptor
-            return content + file.read(MAX_FILE_BYTES)
+            return content + file.read(size - len(content))  # which makes room for so much at once
     except OSError as exc:
         if exc.errno not in _NO_FILE:
             raise

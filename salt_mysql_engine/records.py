@@ -15,8 +15,8 @@ import fnmatch
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 import msgpack
 
@@ -454,6 +454,39 @@ def unpack(payload: bytes) -> Any:
     if _most_objects:
         return _unpack_some(payload, _most_objects)
     return msgpack.unpackb(payload, strict_map_key=False, unicode_errors="surrogateescape", ext_hook=_extension)
+
+
+def outline_of_master_return(file: BinaryIO, leaves_out: Callable[[Any], bool]) -> dict[str, Any] | None:
+    """What a file of the job cache holds of a runner's or wheel's return, with :data:`LEFT_OUT` for its value, which is
+    passed over and not read; ``None`` where it is to be stored.
+
+    Raises:
+        ValueError, TypeError, LookupError, RecursionError: it was not Salt.
+    """
+    try:
+        return _outline(file, leaves_out)
+    except msgpack.UnpackException as exc:  # it ends too early
+        raise ValueError(str(exc)) from exc
+
+
+def _outline(file: BinaryIO, leaves_out: Callable[[Any], bool]) -> dict[str, Any] | None:
+    unpacker = msgpack.Unpacker(file, strict_map_key=False, unicode_errors="surrogateescape", ext_hook=_extension)
+    for _ in range(unpacker.read_map_header()):
+        if unpacker.unpack() != "return":
+            unpacker.skip()
+            continue
+        said: dict[str, Any] = {}
+        for _ in range(unpacker.read_map_header()):
+            key = unpacker.unpack()
+            if key != "return":
+                said[key] = unpacker.unpack()
+                continue
+            if not leaves_out(said.get("fun")):  # which stands first (SyncClientMixin.low, salt/client/mixins.py)
+                return None
+            said[key] = LEFT_OUT
+            unpacker.skip()
+        return said
+    return None
 
 
 def _unpack_some(payload: bytes, most: int) -> Any:

@@ -292,7 +292,9 @@ class Verifier:
     async def _ask(self, events: list[Opened], patience: float) -> list[Answer]:
         if self._cache is None:
             return [None] * len(events)
-        confirm = functools.partial(self._cache.confirm, max_bytes=self._large.file_bytes)
+        confirm = functools.partial(
+            self._cache.confirm, max_bytes=self._large.file_bytes, leaves_out=self.selection.leaves_out
+        )
         answers: list[Answer] = await self._in_cache(confirm, events, patience)
         trouble = next((answer.error for answer in answers if isinstance(answer, Unreadable)), "")
         if trouble and not self.trouble:

@@ -17,7 +17,7 @@ import pytest
 
 from salt_mysql_engine import settings
 from salt_mysql_engine.journalfile import CONFIRMED
-from salt_mysql_engine.records import TRIMMED, Opened, Selection, open_event
+from salt_mysql_engine.records import LEFT_OUT, TRIMMED, Opened, Selection, open_event
 from tests.support.scratch import Scratch
 from tests.support.shipping import (
     MASTER,
@@ -595,6 +595,29 @@ async def test_what_waits_survives_a_restart_and_is_written_once_the_cache_has_i
 
 
 # Trimmed values
+
+
+@pytest.mark.parametrize("mebibytes", [0.1, 6, 40, 70])
+async def test_a_value_that_is_left_out_may_be_of_any_size(
+    database: Scratch, cache: Cache, verifying: Make, mebibytes: float
+) -> None:
+    value = {str(number): "x" * 1000 for number in range(int(mebibytes * 1024))}
+    for number, fun in ((1, "runner.jobs.list_jobs"), (2, "runner.test.arg")):
+        cache.accept(body(f"salt/run/{jid(number)}/ret", master_data(jid(number), fun, value)))
+    heard = body(f"salt/run/{jid(1)}/ret", master_data(jid(1), "runner.jobs.list_jobs", TRIMMED))
+    other = body(f"salt/run/{jid(2)}/ret", master_data(jid(2), "runner.test.arg", TRIMMED))
+    async with verifying(
+        skip_values=["runner.jobs.*"], max_event_bytes=4 * 1024 * 1024, verify_wait_seconds=0.5
+    ) as ship:
+        await ship.take(heard, other)
+        books = await ship.settled()
+    stored = 2 if mebibytes < 1 else 1
+    assert (books["written"], books["dead_letters"]) == (stored, 2 - stored)
+    rows = {row["jid"]: row for row in database.rows("salt_returns")}
+    said = json.loads(rows[jid(1)]["return"])
+    assert (said["return"], said["fun"], said["success"]) == (LEFT_OUT, "runner.jobs.list_jobs", True)
+    assert said["fun_args"] == ["web*", {"timeout": 5}]
+    assert jid(1) in {row["jid"] for row in database.rows("jids")}
 
 
 @pytest.mark.parametrize("verify", [True, False])
