@@ -181,8 +181,11 @@ class Reconciler:
                     await self._in_journal(self._journal.set_mark, _MARK, began)
                     self._clocks = began, began_monotonic
                 break
-            except (DatabaseError, sqlite3.Error) as exc:
-                log.debug("Reconciling is put off: %s", exc)
+            except Exception as exc:
+                if isinstance(exc, (DatabaseError, sqlite3.Error)):
+                    log.debug("Reconciling is put off: %s", exc)
+                elif self.now.error != str(exc):  # a fault of ours: what was asked for is tried again all the same
+                    log.exception("Reconciling met what nobody expects; it begins again")
                 self.now = self.now._replace(error=str(exc))
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, _RETRY_MAX)

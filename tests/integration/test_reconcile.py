@@ -581,3 +581,24 @@ async def test_tables_that_a_pass_makes_have_the_partitions_that_were_asked_for(
         " AND PARTITION_NAME IS NOT NULL"
     )
     assert parts[0][0] >= 3
+
+
+async def test_a_fault_in_a_pass_costs_nothing_of_what_was_asked_for(
+    shipping: Callable[..., Shipping], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile, "_RETRY_FIRST", 0.05)
+    async with shipping(cachedir=tmp_path / "cache", reconcile=True) as ship:
+        reconciler = ship.reconciler
+        assert reconciler is not None
+        genuine, failed = reconciler._compare_all, []
+
+        async def once(*args: object, **more: object) -> None:
+            if not failed:
+                failed.append(args)
+                raise ZeroDivisionError("a fault of ours")
+            await genuine(*args, **more)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(reconciler, "_compare_all", once)
+        reconciler.ask("request", 0.0)
+        await ship.until(lambda: reconciler.last is not None and "request" in reconciler.last.reason)
+        assert failed
