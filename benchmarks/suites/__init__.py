@@ -14,6 +14,7 @@ NAMES: Final = (
     "drain",
     "sizes",
     "memory",
+    "dear",
     "bus",
     "lag",
     "outage",
