@@ -58,6 +58,8 @@ def main() -> int:
                 progress.end()
                 print(f"in leg {number}: python -m tests.fuzz --events {args.events} --seed {args.seed} --leg {number}")
                 raise
+            if not sys.stderr.isatty():
+                print(f"leg {number}: {tally.events:,} events, {time.monotonic() - began:.0f} s", flush=True)
     progress.end()
     seconds = time.monotonic() - began
     books = ", ".join(f"{name} {number:,}" for name, number in tally.books.items())
