@@ -27,7 +27,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 APT_INSTALL := $(APT) install -q -y --no-install-recommends
 
 .DEFAULT_GOAL := help
-.PHONY: help env mariadb mysql drivers lint test test-salt test-mysql test-faults fuzz demo demo-up demo-down bench bench-quick clean
+.PHONY: help env mariadb mysql drivers lint test test-salt test-mysql test-faults fuzz mutants demo demo-up demo-down bench bench-quick clean
 
 help: ## List the targets
 	@echo "Two to begin with: make demo, make test."
@@ -88,6 +88,9 @@ test-faults: env mariadb ## Run the whole fault suite: outages, crashes, bad row
 
 fuzz: env mariadb ## Send events of all kinds through it, and look at every row: make fuzz EVENTS=1000000 (half an hour)
 	$(PY) -m tests.fuzz --events $(or $(EVENTS),1000000) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+mutants: env mariadb ## Change the core in SAMPLE=200 places, one at a time, and list what no test notices (an hour or two)
+	$(PY) -m tests.mutants --sample $(or $(SAMPLE),200) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 demo: env mariadb ## See it work: a database, a master, two minions, real jobs, then the rows; stops at the end
 	@$(PY) -m demo

@@ -1,0 +1,1 @@
+"""Mutation testing of the core: see ``__main__.py``."""
