@@ -362,6 +362,7 @@ def test_without_an_engine_jobs_go_on_and_the_journal_keeps_them_until_there_is_
     site.master.config["engines"] = engines
     with site.master:
         site.engine()
+        wait_until(lambda: len(site.database.sql("SHOW TABLES")) >= 2, timeout=PATIENCE, what="the tables")
         for jid in jobs:
             site.returned(jid, "alpha")
         site.wait_for("SELECT jid FROM salt_returns WHERE fun = 'test.arg' AND id = 'alpha'")
