@@ -670,6 +670,7 @@ class Engine:
             log.error("%s", self._verify_problem)
         if self._reconciler is not None:
             self._reconciler.selection = selection
+            self._reconciler.verifies = self._verifier.enabled
             self._reconciler.retention_days = new.retention_days
             self._reconciler.retime(new.reconcile_interval_seconds)
         self._retention.days, self._retention.archive = new.retention_days, new.archive

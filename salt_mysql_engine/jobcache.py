@@ -39,13 +39,15 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 """A larger value would not fit into any row; it is treated as not there."""
 
 _CALL_BYTES = 4 * 1024 * 1024
+_SYNDICS_BYTES = 8 * 1024 * 1024
+"""Of the names of a job's minions that its syndics found: some 300,000."""
 _BETWEEN_SECONDS = 1.0
 """For so long the master may take from one file of a folder to the beginning of the next."""
 _FUTURE_SECONDS = 5.0
 _ATOMIC_WRITE = ".___atomic_write"
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
-"""The errors that say that there is no such file. EISDIR and ENXIO come for what is no file at all."""
-_NO_FILE = _NOT_THERE | {errno.EISDIR, errno.ENXIO}
+"""The errors that say that there is no such file. EISDIR, ENXIO and EAGAIN come for what is no file at all."""
+_NO_FILE = _NOT_THERE | {errno.EISDIR, errno.ENXIO, errno.EAGAIN}
 _MAX_TS = 2**33
 
 
@@ -171,7 +173,7 @@ class JobCache:
         load = job.load
         if load is None or not records.is_publish(load):
             return None
-        minions = _minions(job.path)
+        minions = job.minions()
         if minions is None:
             if load.get("tgt") and _is_being_written(job.path, patience):  # they are written a moment after the load
                 return None
@@ -271,17 +273,18 @@ class JobCache:
             OSError: the cache cannot be read.
         """
         with _open_job(self._folder(jid)) as opened:
-            load = _JobReader(opened, MAX_FILE_BYTES).load
+            reader = _JobReader(opened, MAX_FILE_BYTES)
+            load = reader.load
             if load is None or not records.is_publish(load):
                 return None
-            return records.publish_data(jid, load, _minions(opened.path) or [])
+            return records.publish_data(jid, load, reader.minions() or [])
 
     def is_being_written(self, job: Job, minion: str, *, patience: float) -> bool:
         """Whether the master may be about to add to what it stored of a minion's return, or (``""``) of the publish."""
         folder = self._folder(job.jid)
         if minion:
             return _is_being_written(f"{folder}/{minion}", patience)
-        return job.has_target and _is_being_written(folder, patience) and _minions(folder) is None
+        return job.has_target and _is_being_written(folder, patience) and not _has_minions(folder)
 
     def stored_at(self, jid: str, minion: str) -> float | None:
         """When the return of a minion was stored (seconds since the epoch); ``None``: it was not, or is none.
@@ -353,6 +356,28 @@ class _JobReader:
         self.bytes_read += len(content or b"")
         return _unpacked(content)
 
+    def minions(self) -> list[str] | None:
+        """Whom the job was for, by this master and its syndics.
+
+        Any minion can add a file of its own (``_handle_minion_event``, salt/master.py 3006-3008). So of the syndics'
+        files some megabytes are read, small ones first.
+        """
+        minions: set[str] = set()
+        found = False
+        room = _SYNDICS_BYTES
+        for size, name in sorted(
+            (_size_of(entry), entry.name) for entry in _entries(self.path) if _names_minions(entry)
+        ):
+            if name != ".minions.p":
+                room -= size
+                if room < 0:
+                    continue
+            part = self.read(name)
+            if isinstance(part, list):
+                found = True
+                minions.update(each for each in part if isinstance(each, str))
+        return sorted(minions) if found else None
+
     def returned(self, minion: str) -> dict[str, Any] | None:
         """What the cache has of a minion's return."""
         if self.fd is None or not _is_name(minion):
@@ -382,17 +407,19 @@ class _JobReader:
         return None if said is None else {"return": said}
 
 
-def _minions(folder: str) -> list[str] | None:
-    """Whom the job was for, by this master and its syndics."""
-    minions: set[str] = set()
-    found = False
-    for entry in _entries(folder):
-        if entry.name.startswith(".minions.") and entry.name.endswith("p"):
-            part = _read(entry.path)
-            if isinstance(part, list):
-                found = True
-                minions.update(name for name in part if isinstance(name, str))
-    return sorted(minions) if found else None
+def _has_minions(folder: str) -> bool:
+    return any(map(_names_minions, _entries(folder)))
+
+
+def _size_of(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _names_minions(entry: os.DirEntry[str]) -> bool:
+    return entry.name.startswith(".minions.") and entry.name.endswith("p")
 
 
 def _asked_not_to_be_kept(job: _OpenJob | _JobReader) -> bool:
@@ -431,17 +458,19 @@ def _is_being_written(folder: str, patience: float) -> bool:
 
 
 def _is_name(minion: str) -> bool:
-    """Whether an id, a stranger's word, is the name of one folder in a job's."""
-    return bool(minion) and "/" not in minion and "\0" not in minion and not minion.startswith(".")
+    """Whether an id, a stranger's word, is the name of one folder in a job's, and none of Salt's own files there."""
+    if not minion or minion in (".", "..") or "/" in minion or "\0" in minion:
+        return False
+    return not minion.startswith((".load.p", ".minions.", ".batch.p", _ATOMIC_WRITE))
 
 
 def _is_id(name: str) -> bool:
-    """Whether a file's name can be a minion's id: text, and not hidden."""
+    """Whether a file's name can be a minion's id: text, and not Salt's own."""
     try:
         name.encode()
     except UnicodeEncodeError:
         return False
-    return not name.startswith(".")
+    return _is_name(name)
 
 
 def _entries(path: str) -> list[os.DirEntry[str]]:

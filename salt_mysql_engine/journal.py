@@ -119,12 +119,17 @@ class Journal(MendedFile):
         self._uuid = b""
 
     @mended
-    def append(self, events: Sequence[NewEvent], *, dropped: int = 0) -> int:
+    def append(self, events: Sequence[NewEvent], *, dropped: int = 0, may_wait: bool = False) -> int:
         """Adds events, all or none of those that the cap leaves room for; gives how many.
 
-        ``dropped`` more were captured and had no place in memory.
+        ``dropped`` more were captured and had no place in memory. Those that ``may_wait`` are added all or none, take
+        nobody else's room, and are not captured before there is some.
         """
         total = len(events)
+        if may_wait:
+            self._measure()
+            if self.full or journalfile.size_of(events) > self.caps.max_bytes - self.used_bytes:
+                return 0
         self.be_there()
         self._keep_log_small()
         if events:
@@ -384,19 +389,20 @@ class Journal(MendedFile):
         self._db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, value))
 
     @mended
-    def known(self, jids: Sequence[str]) -> set[tuple[str, str]]:
+    def known(self, jids: Sequence[str], *, unchecked: bool = True) -> set[tuple[str, str]]:
         """The (jid, minion) of these jobs that are here already: pending, or refused by the database.
 
-        A job's load has the minion ``""``.
+        A job's load has the minion ``""``. What nobody checked may be a stranger's, and counts if ``unchecked``.
         """
+        which = "" if unchecked else f"state <> {UNCHECKED} AND "
         known: set[tuple[str, str]] = set()
         for start in range(0, len(jids), 250):
             chunk = jids[start : start + 250]
             marks = ", ".join("?" * len(chunk))
             known.update(
                 self._db.execute(
-                    f"SELECT jid, minion FROM events WHERE jid IN ({marks}) UNION "
-                    f"SELECT jid, minion FROM dead_letters WHERE reason <> 'unconfirmed' AND jid IN ({marks})",
+                    f"SELECT jid, minion FROM events WHERE {which}jid IN ({marks}) UNION "
+                    f"SELECT jid, minion FROM dead_letters WHERE {which}reason <> 'unconfirmed' AND jid IN ({marks})",
                     [*chunk, *chunk],
                 )
             )

@@ -53,6 +53,7 @@ CREATE TABLE dead_letters (
     body BLOB NOT NULL
 );
 CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
+CREATE INDEX dead_letters_by_reason ON dead_letters (reason, failed_at, seq);
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -83,6 +84,7 @@ INSERT INTO events (seq, captured_at, jid, minion, body, state)
     SELECT seq, captured_at, jid, minion, body, 0 FROM waiting;
 DROP TABLE waiting;
 ALTER TABLE dead_letters ADD COLUMN state INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX dead_letters_by_reason ON dead_letters (reason, failed_at, seq);
 DELETE FROM marks WHERE name = 'verified_through';
 CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
 """,

@@ -52,25 +52,40 @@ def trim(db: sqlite3.Connection, *, most: int, max_bytes: int) -> int:
     """Drops those that died first, above ``most`` of each reason, or of the reason that takes most room above
     ``max_bytes`` of events; gives how many. So a flood of one kind pushes out none of another by number, and by bytes
     those alone that take more room than the flood."""
+    # By its index, and from the rows' headers: a look at all of them would read every body.
+    sizes: dict[str, int] = {}
     dropped = 0
-    while True:
-        by_reason: dict[str, tuple[int, int]] = {
-            reason: (count, size)
-            for reason, count, size in db.execute(
-                "SELECT reason, COUNT(*), SUM(LENGTH(body)) FROM dead_letters GROUP BY reason"
-            )
-        }
-        over = {reason: count - most for reason, (count, _) in by_reason.items() if count > most}
-        if not over and sum(size for _, size in by_reason.values()) > max_bytes:
-            over = {max(by_reason, key=lambda reason: by_reason[reason][1]): 1}
-        if not over:
-            return dropped
-        for reason, number in over.items():
-            dropped += db.execute(
-                "DELETE FROM dead_letters WHERE seq IN "
-                "(SELECT seq FROM dead_letters WHERE reason = ? ORDER BY failed_at, seq LIMIT ?)",
-                (reason, number),
-            ).rowcount
+    for reason, count, size in db.execute(
+        "SELECT reason, COUNT(*), SUM(LENGTH(body)) FROM dead_letters GROUP BY reason"
+    ).fetchall():
+        sizes[reason] = size
+        if count > most:
+            gone, freed = _drop_oldest(db, reason, count - most, size)
+            sizes[reason] -= freed
+            dropped += gone
+    while (over := sum(sizes.values()) - max_bytes) > 0:
+        largest = max(sizes, key=lambda reason: sizes[reason])
+        next_largest = max((size for reason, size in sizes.items() if reason != largest), default=0)
+        gone, freed = _drop_oldest(db, largest, -1, min(over, max(1, sizes[largest] - next_largest)))
+        sizes[largest] -= freed
+        dropped += gone
+    return dropped
+
+
+def _drop_oldest(db: sqlite3.Connection, reason: str, most: int, enough: int) -> tuple[int, int]:
+    """Drops ``most`` of a reason that died first, or (-1) as many as free ``enough`` bytes; gives how many, and their
+    bytes."""
+    victims: list[int] = []
+    freed = 0
+    for seq, size in db.execute(
+        "SELECT seq, LENGTH(body) FROM dead_letters WHERE reason = ? ORDER BY failed_at, seq LIMIT ?", (reason, most)
+    ):
+        victims.append(seq)
+        freed += size
+        if freed >= enough and most < 0:
+            break
+    db.executemany("DELETE FROM dead_letters WHERE seq = ?", [(seq,) for seq in victims])
+    return len(victims), freed
 
 
 def read(

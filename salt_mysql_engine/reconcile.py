@@ -21,6 +21,7 @@ pass at all, and a clock that was set back since widens the next pass by as much
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import sqlite3
@@ -46,6 +47,7 @@ _ROUND_FOLDERS = 20_000
 _STEP_JOBS, _STEP_RETURNS = 50, 1000
 _STEP_BYTES = 8 * 1024 * 1024
 _APPEND_EVENTS = 500
+_ROOM_SECONDS = 0.2
 _MAX_PENDING = 5_000
 _RETRY_FIRST, _RETRY_MAX = 5.0, 60.0  # seconds
 _MARK = "reconciled_at"
@@ -113,6 +115,8 @@ class Reconciler:
         self.selection = selection
         self.interval = 600.0
         """Seconds between passes of the timer; 0 for none."""
+        self.verifies = True
+        """Whether an event of the bus is a row only once the job cache holds it."""
         self.retention_days = 0.0
         """Older jobs (0: none) were deleted from the tables, and stay away."""
         self.passes = 0
@@ -262,7 +266,9 @@ class Reconciler:
 
     async def _compare(self, ask: Ask | None, some: list[_Found]) -> None:
         jids = [found.job.jid for found in some]
-        known: set[tuple[str, str]] = await self._in_journal(self._journal.known, jids)
+        known: set[tuple[str, str]] = await self._in_journal(
+            functools.partial(self._journal.known, jids, unchecked=not self.verifies)
+        )
         publishes = [found.job for found in some if found.publish and found.job.is_publish]
         publishes = [job for job in publishes if (job.jid, "") not in known]
         stored_sizes: dict[str, int] = {}
@@ -282,17 +288,18 @@ class Reconciler:
     async def _journal_all(self, ask: Ask | None, events: list[NewEvent]) -> None:
         for start in range(0, len(events), _APPEND_EVENTS):
             some = events[start : start + _APPEND_EVENTS]
-            await self._make_room(ask)
-            taken = await self._in_journal(self._journal.append, some)
-            self._on_append(taken, sum(len(event.body) for event in some))
+            await self._make_room(may_wait=ask is not None)
+            append = functools.partial(self._journal.append, some, may_wait=True)
+            while not await self._in_journal(append):  # noqa: ASYNC110 (a thread's)
+                await asyncio.sleep(_ROOM_SECONDS)  # the journal is full, and nothing of ours is urgent
+            self._on_append(len(some), sum(len(event.body) for event in some))
             returns = sum(bool(event.minion) for event in some)
             self._note(returns_added=returns, loads_added=len(some) - returns)
 
-    async def _make_room(self, ask: Ask | None) -> None:
-        """Waits while the writer has enough to do; and while the journal is full, since nothing of ours is urgent."""
-        may_wait = ask is not None
-        while self._journal.full or (may_wait and self._journal.pending > _MAX_PENDING):  # noqa: ASYNC110 (a thread's)
-            await asyncio.sleep(0.2)
+    async def _make_room(self, *, may_wait: bool) -> None:
+        """Waits while the writer has enough to do."""
+        while may_wait and self._journal.pending > _MAX_PENDING:  # noqa: ASYNC110 (a thread's)
+            await asyncio.sleep(_ROOM_SECONDS)
 
     def _missing_publishes(self, jobs: list[Job], loads: dict[str, str]) -> list[NewEvent]:
         """The publishes that say more than the stored loads."""

@@ -300,9 +300,11 @@ def publish_data(jid: str, load: Mapping[str, Any], minions: list[str]) -> dict[
     missing: list[str] = []
     if load.get("tgt_type") == "list":
         aimed_at = tgt.split(",") if isinstance(tgt, str) else tgt if _is_texts(tgt) else []
-        missing = [name for name in aimed_at if name not in set(minions)]
-        if isinstance(tgt, list):
-            tgt = tgt + [name for name in minions if name not in tgt]
+        there = frozenset(minions)
+        missing = [name for name in aimed_at if name not in there]
+        if _is_texts(tgt):
+            named = frozenset(tgt)
+            tgt = tgt + [name for name in minions if name not in named]
     return {
         "jid": jid,
         "tgt_type": load.get("tgt_type", "glob"),

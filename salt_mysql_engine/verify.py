@@ -237,7 +237,7 @@ class Verifier:
                 if self._deferred:
                     await self._look_again()
                 if loop.time() >= ahead_at:
-                    more = self.enabled and self._journal.pending > 0 and await self._look_ahead()
+                    more = self._cache is not None and self._journal.pending > 0 and await self._look_ahead()
                     ahead_at = loop.time() + (_LOOK_SECONDS if more else _AHEAD_SECONDS)
             except sqlite3.Error as exc:
                 log.debug("The journal cannot be used now: %s", exc)  # capture and writer say it
@@ -257,7 +257,7 @@ class Verifier:
         opened: list[Entry | Checked] = []
         breath = _Breath()
         for entry in entries:
-            opened.append(self._sure(_open(entry)) if self._may_need_look(entry) else entry)
+            opened.append(self._opened(entry) if self._may_need_look(entry) else entry)
             await breath.taken()
         looked = [each for each in opened if isinstance(each, Checked) and self._needs_look(each)]
         if not looked:
@@ -306,6 +306,13 @@ class Verifier:
 
     def _confirmed(self, checked: Checked, event: Opened) -> Checked | None:
         """An entry with the payload that the job cache has; ``None`` where that cannot be packed."""
+        try:
+            return self._with_payload(checked, event)
+        except Exception as exc:  # whatever strangers made the master store, the next event must be looked at
+            log.exception("An event cannot be compared with the job cache, and goes to the dead letters")
+            return checked._replace(event=Ignored.UNDECODABLE, error=f"{type(exc).__name__}: {exc}")
+
+    def _with_payload(self, checked: Checked, event: Opened) -> Checked | None:
         body = records.try_pack(event.tag, event.data)
         if body is None:
             return None
@@ -323,6 +330,16 @@ class Verifier:
         if entry.state == STUB:
             return True
         return self._cache is not None and (self.enabled or records.may_be_trimmed(entry.body))
+
+    def _opened(self, entry: Entry) -> Checked:
+        """An entry taken apart. Whatever is in it, it makes one dead letter at most."""
+        try:
+            return self._sure(Checked(entry, records.open_event(entry.body)))
+        except records.TooManyObjects:
+            raise
+        except Exception as exc:
+            log.exception("An event cannot be taken apart, and goes to the dead letters")
+            return Checked(entry, Ignored.UNDECODABLE, f"{type(exc).__name__}: {exc}")
 
     def _sure(self, checked: Checked) -> Checked:
         """What is no row of a job by its own words stays none, whatever the settings are by the time it is written."""
@@ -469,7 +486,9 @@ class Verifier:
             entries = list(itertools.takewhile(lambda entry: _may_be_forgotten(entry, now), entries))
             if not entries or len(self._deferred) >= _MAX_DEFERRED:
                 return False
-            look = await self.look_at(self._small(entries))
+            # Without verification the others go on as they are.
+            to_look_at = (entry for entry in entries if self.enabled or entry.state == STUB)
+            look = await self.look_at(self._small(to_look_at))
             taken = self._journal.taken_through
             confirmed, ignored, dead = sorted_out(look.going_on)
             await self._settle(
@@ -509,16 +528,6 @@ class _Breath:
         if time.monotonic() >= self._until:
             await asyncio.sleep(0)
             self._until = time.monotonic() + _AT_A_TIME_SECONDS
-
-
-def _open(entry: Entry) -> Checked:
-    try:
-        return Checked(entry, records.open_event(entry.body))
-    except records.TooManyObjects:
-        raise
-    except Exception as exc:
-        log.exception("An event cannot be taken apart, and goes to the dead letters")
-        return Checked(entry, Ignored.UNDECODABLE, f"{type(exc).__name__}: {exc}")
 
 
 def _may_be_forgotten(entry: Entry, now: float) -> bool:

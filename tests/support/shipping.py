@@ -150,6 +150,7 @@ class Shipping:
                 keep_seconds=keep_seconds,
                 on_append=self.writer.announce,
             )
+            self.reconciler.verifies = self.verifier.enabled
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._cache_thread = concurrent.futures.ThreadPoolExecutor(1)
         self._paused = paused

@@ -489,6 +489,34 @@ def test_a_minion_is_missing_only_if_the_job_was_aimed_at_it(cache: Cache) -> No
         assert said["missing"] == ["db1"]
 
 
+def test_a_job_for_a_hundred_thousand_minions_costs_no_square_of_them(cache: Cache) -> None:
+    names = [f"web{n:06d}" for n in range(100_000)]
+    cache.job(JID, load_of(tgt=names[::-1], tgt_type="list"), names[::2])
+    began = time.process_time()
+    said = cache.confirm(NEW, new_data())
+    assert time.process_time() - began < 5
+    assert (len(said["minions"]), len(said["missing"]), len(said["tgt"])) == (50_000, 50_000, 100_000)
+
+
+def test_the_names_that_a_stranger_adds_to_a_job_take_bounded_memory(cache: Cache) -> None:
+    folder = cache.job(JID, load_of(), ["web1"])
+    (folder / ".minions.syndic.p").write_bytes(values.packed(["db1"]))
+    for n in range(20):
+        (folder / f".minions.mallory{n}.p").write_bytes(values.packed([f"{n}x{m:040d}" for m in range(50_000)]))
+    said = cache.confirm(NEW, new_data())
+    assert {"web1", "db1"} <= {*said["minions"]}
+    assert len(said["minions"]) < 300_000
+
+
+@pytest.mark.parametrize("minion", [".web1", "..web1", ".hidden.example.com"])
+def test_a_minion_whose_name_begins_with_a_dot_is_one(cache: Cache, minion: str) -> None:
+    """``valid_id`` (salt/utils/verify.py 3006-3008) takes it."""
+    cache.job(JID, load_of(), [minion])
+    cache.returned(JID, minion, True, retcode=0, success=True)
+    assert cache.confirm(f"salt/job/{JID}/ret/{minion}", return_data(minion=minion)) == return_data(minion=minion)
+    assert cache.read(JID).returned == [minion]
+
+
 # The master's own jobs
 
 

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -1300,3 +1301,19 @@ def test_the_function_of_an_event_is_told_by_its_ends(size: int) -> None:
     several = b"tag\n\n" + msgpack.packb({"return": "x" * 9000, "fun": ["a.b", "c.d"]})
     assert records.told(several[:4096], several[-4096:]) == ("tag", "a.b,c.d")
     assert records.told(b"\xff", b"") == ("\\xff", "")
+
+
+def test_dead_letters_over_their_bytes_go_in_one_step(journal: Journal) -> None:
+    """A letter at a time, with a look at all of them for each, took minutes while nobody else got at the journal."""
+    journal.caps = Caps(max_bytes=2**40)
+    journal.append([NewEvent(float(n), f"j{n}", "m", bytes(2_000)) for n in range(6_000)])
+    bury(journal, all_seqs(journal), "unconfirmed")
+    journal.append([NewEvent(1.0, "large", "m", bytes(1_000_000))])
+    journal.caps = Caps(max_bytes=4 * 8_000_000)
+    began = time.process_time()
+    bury(journal, all_seqs(journal), "refused")
+    assert time.process_time() - began < 2
+    letters = journal.dead_letters(limit=10**5)
+    assert sum(len(letter.body) for letter in letters) <= 8_000_000
+    assert (len(letters), letters[-1].jid, letters[0].seq > 1) == (3501, "large", True)
+    assert balance(journal) == 0
