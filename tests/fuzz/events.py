@@ -445,7 +445,8 @@ class Chance:
     def _odd(self) -> bytes:
         """What only a hostile hand packs, and now and then much of it."""
         random_ = self._random
-        job, minion = self._any_jid(), f"odd-{random_.randrange(10**9)}"
+        # Of a job, so that its dead letter can be told from others, if it is one.
+        job, minion = jid(random_.randrange(10**9)), f"odd-{random_.randrange(10**9)}"
         what = random_.random()
         if what < 0.4:
             value = random_.choice(_ODD)

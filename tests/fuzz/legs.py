@@ -98,8 +98,9 @@ def run(
         tally.rows += _check_json(database, [*_TEXTS_OF])
         _check_captured(told, books, selection)
         dear = _keys(body for body in told.bodies if len(body) > _DEAR_BYTES)
-        refused = [letter for letter in letters if letter.reason != "unconfirmed"]
-        assert all((letter.jid, letter.minion) in dear for letter in refused), refused[0]
+        # Not the letters themselves: some are megabytes.
+        lost = [letter[3:7] for letter in letters if letter.reason != "unconfirmed" and letter[3:5] not in dear]
+        assert not lost, lost[:5]
         if verified:
             _check_verified(told, database, selection)
         else:
