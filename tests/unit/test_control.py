@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import stat
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,43 @@ async def test_the_socket_is_for_its_owner_only_whatever_the_umask(opts: dict[st
         await asyncio.gather(task, return_exceptions=True)
 
 
+@pytest.mark.parametrize("is_full", [False, True])
+async def test_the_socket_of_another_masters_engine_is_left_alone_until_nobody_listens_there(
+    opts: dict[str, Any], is_full: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_BIND_AGAIN_SECONDS", 0.01)
+    path = control.socket_path(opts)
+    with contextlib.ExitStack() as stack:
+        other = stack.enter_context(socket.socket(socket.AF_UNIX))
+        other.bind(str(path))
+        other.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while is_full:  # until its queue takes no more
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+                waiting.setblocking(False)
+                waiting.connect(str(path))
+        inode = path.stat().st_ino
+        task = asyncio.create_task(Control(path, VERBS).run())
+        deadline = time.monotonic() + 10
+        while "give each master a sock_dir of its own" not in caplog.text:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        assert path.stat().st_ino == inode
+    await asyncio.wait_for(listening(path), 10)
+    assert caplog.text.count("cannot be listened on") == 1
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert not path.exists()
+
+
 @pytest.mark.usefixtures("engine")
 async def test_a_verb_gets_its_arguments_and_its_result_comes_back(opts: dict[str, Any]) -> None:
     arguments = {"seconds": 1.5, "what": "é", "number": None, "sure": True}
     assert await ask(opts, "echo", **arguments) == arguments
+    least = {"seconds": 0, "what": "", "number": 1, "sure": False}
+    assert await ask(opts, "echo", **least) == least
+    most = {"seconds": 60.0, "what": "ten letter", "number": 2**63 - 1}
+    assert await ask(opts, "echo", **most) == most
 
 
 @pytest.mark.usefixtures("engine")

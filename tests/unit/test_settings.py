@@ -213,3 +213,71 @@ def test_a_host_that_is_none_is_refused_by_name(host: Any) -> None:
 def test_any_ssl_option_asks_for_encryption(name: str) -> None:
     assert Connection.from_opts({f"mysql.{name}": "/etc/x.pem"}).tls
     assert not Connection().tls
+
+
+def test_the_masters_own_options_are_taken_as_they_are_where_they_can_be() -> None:
+    opts = {
+        "id": 7,
+        "keep_jobs_seconds": 3600,
+        "tcp_master_pub_port": 14512,
+        "cluster_peers": ("a", "b"),
+        "event_return": "mysql",
+        "sock_dir": "/run",
+    }
+    usable, problems = settings.usable_opts(opts)
+    assert problems == []
+    assert usable == {
+        "id": "7",
+        "keep_jobs_seconds": 3600.0,
+        "tcp_master_pub_port": 14512,
+        "cluster_peers": ["a", "b"],
+        "event_return": ["mysql"],
+        "sock_dir": "/run",
+    }
+
+
+def test_what_the_master_does_not_say_has_salts_own_default() -> None:
+    usable, problems = settings.usable_opts({"id": "m"})
+    assert problems == []
+    assert usable == {
+        "id": "m",
+        "keep_jobs_seconds": 86400.0,
+        "tcp_master_pub_port": 4512,
+        "cluster_peers": [],
+        "event_return": [],
+    }
+
+
+def test_jobs_that_are_kept_for_ever_are_so() -> None:
+    for for_ever in (0, 0.0):
+        assert settings.usable_opts({"id": "m", "keep_jobs_seconds": for_ever})[0]["keep_jobs_seconds"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("keep_jobs_seconds", None),
+        ("keep_jobs_seconds", "86400"),
+        ("keep_jobs_seconds", True),
+        ("keep_jobs_seconds", -1),
+        ("keep_jobs_seconds", 10**12 + 1),
+        ("keep_jobs_seconds", math.nan),
+        ("tcp_master_pub_port", None),
+        ("tcp_master_pub_port", 65_536),
+        ("tcp_master_pub_port", "4512"),
+        ("cluster_peers", 5),
+        ("cluster_peers", {"a": 1}),
+        ("cluster_peers", ["a", 5]),
+        ("event_return", [None]),
+    ],
+)
+def test_a_master_option_that_cannot_be_used_is_named_and_its_default_stands(name: str, bad: Any) -> None:
+    usable, problems = settings.usable_opts({"id": "m", name: bad})
+    assert usable == settings.usable_opts({"id": "m"})[0]
+    (problem,) = problems
+    assert problem.startswith(f"{name}: {bad!r} is not allowed; it must be ")
+
+
+def test_a_whole_ports_number_is_taken_up_to_the_last_one() -> None:
+    for port in (0, 65_535):
+        assert settings.usable_opts({"id": "m", "tcp_master_pub_port": port})[0]["tcp_master_pub_port"] == port
