@@ -166,7 +166,7 @@ class JobCache:
         except Exception:  # whatever a stranger made the master store, the next event must be looked at
             log.exception("The job cache cannot be compared with an event of jid %s", tag.jid)
             return None
-        return found._replace(data={**found.data, **_times(data)}) if isinstance(found, Opened) else found
+        return found._replace(data={**found.data, **_times(found.job, data)}) if isinstance(found, Opened) else found
 
     def _published(self, job: _JobReader, tag: Tag, patience: float) -> Opened | None:
         """The publish of a job; none where the load is a return's."""
@@ -434,11 +434,11 @@ def _may_have_outputter(data: Mapping[str, Any], cached: Mapping[str, Any]) -> b
         return True
 
 
-def _times(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What is taken from an event: when the minion sent it and when the master saw it."""
+def _times(tag: Tag | None, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What is taken from an event: when the minion sent its return, and when the master saw it."""
     ts, stamp = data.get("ts"), data.get("_stamp")
     times: dict[str, Any] = {}
-    if type(ts) is int and 0 <= ts < _MAX_TS:
+    if tag is not None and tag.kind is Kind.JOB_RETURN and type(ts) is int and 0 <= ts < _MAX_TS:
         times["ts"] = ts
     if records.is_stamp(stamp):
         times["_stamp"] = stamp

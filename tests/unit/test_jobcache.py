@@ -565,6 +565,17 @@ def test_a_runners_return_in_a_minions_tag_is_the_runners(cache: Cache) -> None:
     assert (said.tag, said.data) == (f"salt/run/{JID}/ret", {**cached, "_stamp": STAMP})
 
 
+def test_a_time_that_no_minion_sent_is_not_taken_from_an_event(cache: Cache) -> None:
+    cached = master_data()
+    cache.job(JID, {"id": MASTER, "tgt": MASTER, "jid": JID, "return": cached, "fun": "runner.jobs.active"})
+    cache.returned(JID, MASTER, cached)
+    for tag, data in (
+        (f"salt/run/{JID}/ret", master_data(ts=1767323045)),
+        (f"salt/job/{JID}/ret/{MASTER}", return_data(minion=MASTER, ts=1767323045)),
+    ):
+        assert "ts" not in cache.confirm(tag, data)
+
+
 # Many at once
 
 
