@@ -119,7 +119,8 @@ def update_return(ret: Return, *, failed: bool = True) -> bytes:
 
 def update_return_by_row(jid: str, minion: str, row: bytes, *, timed: bool, failed: bool) -> bytes:
     """The same by a row that :func:`return_row` made: no text is quoted anew."""
-    # Within a text no quote stands alone, so that what is between two texts is nowhere else.
+    # Within a text no quote stands alone, and a value is JSON, which ends with no comma: what is between two texts is
+    # nowhere else.
     before, between = b", " + _quoted(jid) + b", ", b", " + _quoted(minion) + b", '"
     start = row.index(before) + len(before)
     end = row.index(between, start)

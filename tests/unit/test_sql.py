@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 
@@ -188,8 +189,9 @@ def test_the_schema_file_creates_each_table_with_the_columns_that_are_written() 
     assert ddl == {}
 
 
-@given(texts, texts, texts, texts, st.booleans(), st.booleans(), st.booleans())
-@example("1", "we'b\\1", "', 'we''b\\\\1', '1', '", "\\'", True, True, True)
+@given(texts, texts, texts.map(json.dumps), texts.map(json.dumps), st.booleans(), st.booleans(), st.booleans())
+@example("1", "we'b\\1", json.dumps("', 'we''b\\\\1', '1', '"), json.dumps("\\'"), True, True, True)
+@example("1", ", ", json.dumps(", "), json.dumps(", "), True, False, False)
 def test_the_update_by_a_row_is_the_update_by_its_return(
     job: str, minion: str, value: str, whole: str, success: bool, timed: bool, failed: bool
 ) -> None:
