@@ -75,6 +75,8 @@ def purge(opts: Mapping[str, Any], retention_days: Any, dry_run: Any, show: Show
             "retention_days is 0: everything stays for ever, and nothing was deleted; say how many days of jobs are "
             "to stay, as in retention_days=90"
         )
+    if retention_days is None and not dry:
+        _require_confirmed(opts)
     return _in_thread(_purge(opts, days, bool(_setting(opts, "archive")), dry, show))
 
 
@@ -173,6 +175,23 @@ def _setting(opts: Mapping[str, Any], name: str) -> Any:
             "read it before; restart salt-master first"
         )
     return running["value"]
+
+
+def _require_confirmed(opts: Mapping[str, Any]) -> None:
+    """Nothing is deleted by a master config that the master's own pillar may overrule.
+
+    Raises:
+        EngineError: the engine does not run, or no pillar has confirmed its settings yet.
+    """
+    try:
+        confirmed = control.ask(opts, "status")["pillar"]["confirmed"]
+    except ControlError:
+        confirmed = False
+    if not confirmed:
+        raise EngineError(
+            "no running engine has its settings confirmed by the master's own pillar, so nobody knows how long jobs are "
+            "to stay; say it, as in retention_days=90"
+        )
 
 
 def _flag(name: str, value: Any) -> bool:

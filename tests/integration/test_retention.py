@@ -240,6 +240,8 @@ def test_the_days_are_those_of_the_master_config_or_of_the_running_engine(databa
     fill(database)
     opts = opts_of(database, tmp_path, retention_days=35)
     assert upkeep.purge(opts, None, True, QUIET)["jids"] == 1
+    with pytest.raises(EngineError, match="confirmed by the master's own pillar"):
+        upkeep.purge(opts, None, False, QUIET)
     with pytest.raises(EngineError, match=r"master config: retention_days: 'x' is not allowed"):
         upkeep.purge(opts_of(database, tmp_path, retention_days="x"), None, True, QUIET)
 
