@@ -124,6 +124,16 @@ def main() -> int:
     return 0
 
 
+def _check(modules: Iterable[str], seconds: float, *, quick: bool) -> None:
+    """Makes sure that the tests pass where nothing is changed."""
+    with tempfile.TemporaryDirectory(prefix="mjc-mutants-") as folder:
+        copy = Copy(Path(folder) / "copy")
+        files = {name for module in modules for names in PLAN[module][: 1 if quick else 2] for name in names}
+        for name in sorted(files):
+            if not copy.passes([name], seconds):
+                raise RuntimeError(f"tests/{name} fails as it is, or takes more than {seconds:g} s")
+
+
 def _run(sample: Sequence[Mutant], sources: dict[str, str], *, jobs: int, seconds: float, quick: bool) -> list[Mutant]:
     """The mutants that no test notices."""
     living: list[Mutant] = []

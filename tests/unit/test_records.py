@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from salt_mysql_engine import jsontext, records, settings, sql
-from salt_mysql_engine.records import Ignored, Kind, Record, Return, Selection, Tag
+from salt_mysql_engine.records import Ignored, Kind, Opened, Record, Return, Selection, Tag
 from tests.unit import values
 
 JID = "20260102030405000006"
@@ -726,3 +727,11 @@ def test_a_clock_that_no_timestamp_has_is_stored_as_the_nearest(clock: float, al
     assert isinstance(record, Record)
     assert record.ret is not None
     assert record.ret.altered.startswith(altered)
+
+
+def test_what_msgpack_has_no_form_for_is_packed_as_its_text() -> None:
+    body = records.try_pack("tag", {"a": {1}, "b": datetime.datetime(2026, 3, 29, 1, 30)})  # noqa: DTZ001 (as Salt's)
+    assert body is not None
+    event = records.open_event(body)
+    assert isinstance(event, Opened)
+    assert event.data == {"a": "{1}", "b": datetime.datetime(2026, 3, 29, 1, 30)}  # noqa: DTZ001
