@@ -189,8 +189,8 @@ def _require_confirmed(opts: Mapping[str, Any]) -> None:
         confirmed = False
     if not confirmed:
         raise EngineError(
-            "no running engine has its settings confirmed by the master's own pillar, so nobody knows how long jobs are "
-            "to stay; say it, as in retention_days=90"
+            "no running engine has its settings confirmed by the master's own pillar, so nobody knows how long jobs "
+            "are to stay; say it, as in retention_days=90"
         )
 
 
