@@ -37,13 +37,15 @@ class Plain(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What the tables take: ``alter_time``, ``failed``, four-byte characters, characters in ``fun``, ``event_key``."""
+    """What the tables take: ``alter_time``, ``failed``, four-byte characters, characters in ``fun``, ``event_key``; and
+    the server: the bytes of a statement, ``max_allowed_packet``."""
 
     timed: bool
     failed: bool
     utf8mb4: bool
     fun_characters: int
     event_key: bool
+    max_packet: int
 
 
 class Large(NamedTuple):
@@ -61,6 +63,8 @@ class Large(NamedTuple):
     data: dict[str, Any] | None
     event: Event | None
     fit: Fit
+    refused: str
+    """Why the server would refuse a row, which was not made then."""
 
 
 class Item(NamedTuple):

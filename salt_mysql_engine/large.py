@@ -34,6 +34,8 @@ _FEW_BYTES, _MOST_STRANGE = 8 * 1024, 8_000
 _PLAIN = bytes(range(0x80))
 _OUT_BYTES = 8 * 1024 * 1024
 """Of rows that the writer has not written yet; a single one may be larger."""
+_USUAL_PACKET = 16 * 1024 * 1024
+"""``max_allowed_packet``, until the server has said its own."""
 _DEATHS = 2
 _JOURNAL_AGAIN_SECONDS = 1.0
 MARGIN_BYTES = 64 * 1024
@@ -82,11 +84,12 @@ def too_large(size: int, most: int) -> str:
 def parts_of(
     load: Load | None, ret: Return | None, stored: Event | None, master_id: str, event_key: bytes, fit: Fit
 ) -> tuple[list[bytes], list[Any]]:
-    """Rows, a load's JSON, and what is said of them."""
+    """Rows, a load's JSON, and what is said of them. A row that the server would refuse is not made."""
     key: list[str] | None = None
     length, digest, trimmed = 0, "", False
     text = (lambda of: of) if fit.utf8mb4 else jsontext.ascii_only
     return_row = event_row = load_json = event_json = b""
+    refused = ""
     if ret is not None:
         key, trimmed = [ret.jid, ret.id], ret.trimmed
         ret = ret._replace(
@@ -94,22 +97,36 @@ def parts_of(
         )
         length, digest = len(ret.return_json), sql.digest_of(ret.return_json)
         load_json = jsontext.dumps({name: value for name, value in ret.data.items() if name != "return"}).encode()
-        return_row = sql.return_row(ret, timed=fit.timed, failed=fit.failed)
+        refused = _refused(length + len(ret.full_ret_json), fit)
+        return_row = b"" if refused else sql.return_row(ret, timed=fit.timed, failed=fit.failed)
     if load is not None:
         load_json = jsontext.dumps(load.load).encode()
     event: list[str] | None = None
     if stored is not None:
         event = [stored.tag, stored.altered]
-        if fit.event_key:
+        refused = refused or _refused(len(stored.data_json), fit)
+        if refused:
+            pass
+        elif fit.event_key:
             event_row = sql.event_row(stored, master_id, event_key)
         else:
             event_json = text(stored.data_json).encode()
-    return [return_row, event_row, load_json, event_json], [key, length, digest, trimmed, load and load.jid, event]
+    about = [key, length, digest, trimmed, load and load.jid, event, refused]
+    return [return_row, event_row, load_json, event_json], about
+
+
+def _refused(characters: int, fit: Fit) -> str:
+    """Why the server would refuse a row of so many characters, which may take more bytes yet; else nothing."""
+    if characters < fit.max_packet:
+        return ""
+    return (
+        f"a row of more than {characters} bytes is larger than max_allowed_packet ({fit.max_packet} bytes); raise that"
+    )
 
 
 def _item(seq: int, captured_at: float, answer: Answer, fit: Fit) -> Item:
     """The item of what :func:`parts_of` gave."""
-    _, sizes, key, length, digest, trimmed, jid, event = answer.said
+    _, sizes, key, length, digest, trimmed, jid, event, refused = answer.said
     parts = []
     view, start = memoryview(answer.body), 0
     for size in sizes:
@@ -126,6 +143,7 @@ def _item(seq: int, captured_at: float, answer: Answer, fit: Fit) -> Item:
         data=load if jid is None else None,
         event=None if event is None else Event(event[0], event_json.decode(), event[1]),
         fit=fit,
+        refused=refused,
     )
     size = len(return_row) + len(event_row) + (len(load_json) if jid is not None else 0)
     return Item(seq, captured_at, outcome, return_row, event_row, size)
@@ -153,8 +171,8 @@ class LargeEvents:
     ) -> None:
         self.limits = Limits(16 * 1024 * 1024, 500_000)
         self.file_bytes = FILE_BYTES
-        self.fit = Fit(True, True, True, records.MAX_FUN_CHARACTERS, True)
-        """The tables', once they were looked at."""
+        self.fit = Fit(True, True, True, records.MAX_FUN_CHARACTERS, True, _USUAL_PACKET)
+        """The tables' and the server's, once they were looked at."""
         self.on_looked: Callable[[Entry, Answer, bool], Awaitable[None]] | None = None
         """Is told what the job cache has of one, and whether its time is over."""
         self._journal = journal

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from . import jsontext, records, sql
 from .database import Session
@@ -22,9 +22,14 @@ from .items import Item, Large, Plain
 from .records import Load, Record, Return
 from .schema import Shape
 from .sql import digest_of
+from .waits import Breath
 
 log = logging.getLogger(__name__)
 
+Of = TypeVar("Of")
+Made = TypeVar("Made")
+
+_AT_A_TIME_SECONDS = 0.01
 _LOCK_SECONDS = 10
 _PAGE_CHARACTERS = 1 << 20
 """Characters of values that stand, which are looked at in one go."""
@@ -117,6 +122,8 @@ class Rows:
                 key = outcome.key
             else:
                 assert isinstance(outcome, (Record, Large))
+                if isinstance(outcome, Large) and outcome.refused:
+                    raise RowsRejected(f"{self._session.host}: {outcome.refused}")
                 key = _key(item)
                 if outcome.load is not None:
                     loads.append(outcome.load)
@@ -139,7 +146,7 @@ class Rows:
         self._on_sending()
         inserted = await self._write_returns(firsts)
         if inserted < len(firsts) or repeated:
-            mended, conflicts = await self._compare([self._said(item) for item in [*firsts.values(), *repeated]])
+            mended, conflicts = await self._compare(await _made(self._said, [*firsts.values(), *repeated]))
             written += mended
         await self._write_events(extra_events)
         inserted += await self._write_events(events)
@@ -189,9 +196,8 @@ class Rows:
             keys = [key for key in keys if key not in there]
         head = sql.insert_returns(timed=self._shape.alter_time, failed=self._shape.failed)
         items = [firsts[key] for key in keys]
-        rows: Iterable[bytes]
         if not self._as_ever:
-            rows = map(self._fitted_row, items)
+            rows = await _made(self._fitted_row, items)
         elif self._shape.failed:
             rows = [item.return_row for item in items]
         else:
@@ -228,7 +234,7 @@ class Rows:
 
     async def _new_trimmed(self, items: list[Item]) -> int:
         """How many returns with a trimmed value, and no whole one beside it, have no row yet."""
-        rets = [self._said(item) for item in items]
+        rets = await _made(self._said, items)
         keys = {ret.key for ret in rets if ret.trimmed} - {ret.key for ret in rets if not ret.trimmed}
         return len(keys) - len(await self._returned(sorted(keys)))
 
@@ -239,11 +245,9 @@ class Rows:
         for jid, load in loads:
             published[jid] = records.merged_load(published.get(jid), load)
         alone = {jid for jid, load in published.items() if records.is_minions_alone(load)}
-        new = {
-            jid: self._load_of_return(item)
-            for jid, item in of_jobs.items()
-            if jid not in self._known_jobs and (jid not in published or jid in alone)
-        }
+        jids = [jid for jid in of_jobs if jid not in self._known_jobs and (jid not in published or jid in alone)]
+        made = await _made(self._load_of_return, [of_jobs[jid] for jid in jids])
+        new = dict(zip(jids, made, strict=True))
         changed: set[str] = set()
         looked_for = sorted({**published, **new} if "jids" not in self._shape.unique else published)
         stored: dict[str, str] = {}
@@ -264,14 +268,13 @@ class Rows:
                 await self._session.execute(sql.update_load(jid, text, self._columns(better)))
                 changed.add(jid)
         head = sql.INSERT_LOADS_WITH_COLUMNS if self._shape.job_columns else sql.INSERT_LOADS
-        rows = [
-            sql.load_row(jid, self._text(jsontext.dumps(new[jid])), self._columns(new[jid]))
-            for jid in sorted(new)
-            if jid not in stored
-        ]
+        rows = await _made(lambda jid: self._load_row(jid, new[jid]), sorted(new.keys() - stored.keys()))
         await self._insert(head, rows, sql.KEEP_LOADS)
         self.jobs = {*of_jobs, *published} - (alone - of_jobs.keys())
         return changed
+
+    def _load_row(self, jid: str, load: dict[str, Any]) -> bytes:
+        return sql.load_row(jid, self._text(jsontext.dumps(load)), self._columns(load))
 
     def _columns(self, load: dict[str, Any]) -> tuple[str, str, str] | None:
         return records.job_columns(load) if self._shape.job_columns else None
@@ -352,6 +355,16 @@ class Rows:
                     same.add((jid, id_, digest_of(text)))
             page, size = set(), 0
         return same
+
+
+async def _made(make: Callable[[Of], Made], each_of: Iterable[Of]) -> list[Made]:
+    """What is made of each, one after the other: what a batch holds must not hold up the loop in one piece."""
+    breath = Breath(_AT_A_TIME_SECONDS)
+    made: list[Made] = []
+    for each in each_of:
+        made.append(make(each))
+        await breath.taken()
+    return made
 
 
 def _key(item: Item) -> tuple[str, str] | None:

@@ -190,9 +190,11 @@ def statements(head: bytes, rows: Iterable[bytes], tail: bytes, *, max_bytes: in
 
 
 def _statement(head: bytes, rows: list[bytes], tail: bytes) -> bytes:
+    if len(rows) == 1:  # which may be megabytes
+        return b"".join((head, rows[0], tail))
     rows[0] = head + rows[0]
     rows[-1] += tail
-    return b",".join(rows)  # the only copy of what may be megabytes
+    return b",".join(rows)
 
 
 def select_loads(jids: Iterable[str]) -> bytes:

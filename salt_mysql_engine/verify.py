@@ -38,7 +38,7 @@ from .journal import Entry, Journal, Settlement
 from .journalfile import CONFIRMED, STUB
 from .large import LargeEvents, is_large, too_large
 from .records import Ignored, Kind, Opened, Selection
-from .waits import is_set_within
+from .waits import Breath, is_set_within
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class Verifier:
         ``patience``: for how many seconds a file that does not come is taken for one that is being written.
         """
         opened: list[Entry | Checked] = []
-        breath = _Breath()
+        breath = Breath(_AT_A_TIME_SECONDS)
         for entry in entries:
             opened.append(self._opened(entry) if self._may_need_look(entry) else entry)
             await breath.taken()
@@ -515,19 +515,6 @@ class Verifier:
             self._untold = 0
         self._told.append((now, jid))
         log.warning(message)
-
-
-class _Breath:
-    """Lets everybody else have a turn from time to time."""
-
-    def __init__(self) -> None:
-        self._until = time.monotonic() + _AT_A_TIME_SECONDS
-
-    async def taken(self) -> None:
-        """Between two pieces of work."""
-        if time.monotonic() >= self._until:
-            await asyncio.sleep(0)
-            self._until = time.monotonic() + _AT_A_TIME_SECONDS
 
 
 def _may_be_forgotten(entry: Entry, now: float) -> bool:

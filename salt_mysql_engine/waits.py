@@ -7,10 +7,25 @@ for, and a task that was told to end goes on (https://github.com/python/cpython/
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from typing import TypeVar
 
 Result = TypeVar("Result")
+
+
+class Breath:
+    """Lets everybody else have a turn after each so many ``seconds``."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until = time.monotonic() + seconds
+
+    async def taken(self) -> None:
+        """Between two pieces of work."""
+        if time.monotonic() >= self._until:
+            await asyncio.sleep(0)
+            self._until = time.monotonic() + self._seconds
 
 
 async def is_set_within(event: asyncio.Event, seconds: float | None) -> bool:

@@ -50,7 +50,7 @@ from .journalfile import CONFIRMED
 from .large import LargeEvents
 from .rows import Rows
 from .verify import Checked
-from .waits import is_set_within
+from .waits import Breath, is_set_within
 
 log = logging.getLogger(__name__)
 
@@ -318,12 +318,10 @@ class Writer:
         if self._maker.selection is not self.selection:
             self._maker = Maker(self.selection, self._journal.event_key)
         items: list[Item] = []
-        until = time.monotonic() + _AT_A_TIME_SECONDS
+        breath = Breath(_AT_A_TIME_SECONDS)
         for each in events:
             items.append(each if isinstance(each, Item) else self._item(each))
-            if time.monotonic() >= until:
-                await asyncio.sleep(0)
-                until = time.monotonic() + _AT_A_TIME_SECONDS
+            await breath.taken()
         return items
 
     def _item(self, each: Entry | Checked) -> Item:
@@ -571,7 +569,12 @@ class Writer:
                 raise
             characters = min(self._shape.fun_characters, records.MAX_FUN_CHARACTERS)
             self._large.fit = Fit(
-                self._shape.alter_time, self._shape.failed, self._shape.utf8mb4, characters, self._shape.event_key
+                self._shape.alter_time,
+                self._shape.failed,
+                self._shape.utf8mb4,
+                characters,
+                self._shape.event_key,
+                session.max_packet,
             )
             self._look_at = asyncio.get_running_loop().time() + LOOK_AT_TABLES_SECONDS
             self._say_if_old(session, self._shape)

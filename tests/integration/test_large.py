@@ -203,6 +203,44 @@ async def test_large_returns_fit_tables_of_an_older_shape(database: Scratch, shi
     assert {json.loads(row["return"]) for row in database.rows("salt_returns")} == {f"\U0001f600{TEXT}", True}
 
 
+async def test_a_large_row_beyond_max_allowed_packet_is_a_dead_letter_until_that_is_raised(
+    database: Scratch, shipping: Make
+) -> None:
+    large = returned(jid(1), "web1", TEXT)
+    with database.globally(max_allowed_packet=1024 * 1024):
+        async with shipping(**SOON) as ship:
+            books = await ship.ship(large, returned(jid(2), "web1", TEXT[:200_000]))
+            assert (books["written"], books["dead_letters"]) == (1, 1)
+            (letter,) = await letters(ship)
+            assert (letter.reason, letter.body) == ("refused", large)
+            assert "max_allowed_packet (1048576 bytes); raise that" in letter.error
+    assert database.count("jids") == 2
+    async with shipping(**SOON) as ship:
+        assert await ship.retry() == 1
+        assert (await ship.settled())["written"] == 2
+
+
+async def test_a_batch_of_costly_small_events_does_not_hold_up_the_loop_in_one_piece(shipping: Make) -> None:
+    costly = nested(400, 18)
+    async with shipping(flush_interval=0.2) as ship:
+        await ship.ship(returned(jid(999), "web1"))
+        gaps: list[float] = []
+
+        async def beat() -> None:
+            while True:
+                before = time.thread_time()
+                await asyncio.sleep(0.001)
+                gaps.append(time.thread_time() - before)
+
+        beating = asyncio.create_task(beat())
+        began = time.thread_time()
+        books = await ship.ship(*(with_value(jid(number), "web1", costly) for number in range(1, 151)))
+        took = time.thread_time() - began
+        beating.cancel()
+        assert books["written"] == 151
+        assert max(gaps) < took / 5
+
+
 async def test_a_decoder_that_is_killed_costs_a_start(database: Scratch, shipping: Make) -> None:
     async with shipping(**SOON) as ship:
         await ship.take(returned(jid(1), "web1", TEXT))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import msgpack
 import pytest
 
-from salt_mysql_engine import records
+from salt_mysql_engine import records, settings
+from salt_mysql_engine.items import Fit
 from salt_mysql_engine.journal import Entry
-from salt_mysql_engine.large import is_large
+from salt_mysql_engine.large import is_large, parts_of
+from tests.support.shipping import MASTER, jid, returned
 
 
 @pytest.fixture
@@ -74,3 +77,17 @@ def test_what_is_cut_keeps_its_tag_and_its_size() -> None:
     assert event.data[records.TOO_LARGE] == 1039
     for hostile in (b"", b"\n\n", b"\xff" * 5000, b"salt/job/x/ret/y"):
         assert isinstance(records.open_event(records.cut(hostile, 0.0)), records.Opened)
+
+
+@pytest.mark.parametrize("characters", [400, 600])
+def test_a_row_that_the_server_would_refuse_is_not_made(characters: int) -> None:
+    selection = records.Selection(settings.combine({}, {}), master_id=MASTER)
+    event = records.open_event(returned(jid(1), "web1", "x" * characters))
+    assert isinstance(event, records.Opened)
+    record = records.interpret(event, 0.0, selection)
+    assert isinstance(record, records.Record)
+    parts, about = parts_of(*record, MASTER, bytes(16), Fit(True, True, True, 100, True, 1200))
+    row, _, load, _ = parts
+    assert (row == b"") is (characters == 600)
+    assert ("max_allowed_packet (1200 bytes)" in about[-1]) is (characters == 600)
+    assert json.loads(load)["id"] == "web1"
