@@ -13,6 +13,9 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
+_END_SECONDS = 1.0
+"""What is cancelled may swallow that, too, and is left alone then."""
+
 
 class Breath:
     """Lets everybody else have a turn after each so many ``seconds``."""
@@ -41,7 +44,7 @@ async def is_set_within(event: asyncio.Event, seconds: float | None) -> bool:
 
 
 async def within(work: Awaitable[Result], seconds: float) -> Result:
-    """What ``work`` gives; it is cancelled after so many seconds.
+    """What ``work`` gives; it is cancelled after so many seconds, or with its caller, and has ended on return.
 
     Raises:
         TimeoutError: it was (``asyncio``'s, before Python 3.11).
@@ -52,8 +55,10 @@ async def within(work: Awaitable[Result], seconds: float) -> Result:
         done, _ = await asyncio.wait({task}, timeout=seconds)
         if not done:
             task.cancel()
-            await asyncio.wait({task})
+            await asyncio.wait({task}, timeout=_END_SECONDS)
             raise asyncio.TimeoutError
         return task.result()
     finally:
-        task.cancel()
+        if not task.done():  # our caller is cancelled: what it closes next must be nobody's any more
+            task.cancel()
+            await asyncio.wait({task}, timeout=_END_SECONDS)

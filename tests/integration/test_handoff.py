@@ -277,9 +277,10 @@ async def test_event_return_stores_its_events_and_makes_no_job_of_them(
     hand.events([{"tag": f"salt/job/{jid(1)}/ret/web1", "data": data}, {"tag": "x" * 300, "data": {}}, {"tag": 7}])
     async with shipping("mysql_jobcache", handed_off=True) as ship:
         books = await ship.handed_over()
-    assert (books["written"], books["ignored"]) == (1, {"too_long": 1})
-    (row,) = database.rows("salt_events")
+    assert (books["written"], books["ignored"]) == (2, {})
+    row, long = database.rows("salt_events")
     assert (row["tag"], json.loads(row["data"])) == (f"salt/job/{jid(1)}/ret/web1", data)
+    assert long["tag"] == "x" * 255
     assert not database.rows("salt_returns")
 
 

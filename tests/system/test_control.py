@@ -96,7 +96,10 @@ def test_flush_returns_when_what_was_pending_is_in_the_table(tuned: Site) -> Non
     assert len(tuned.database.sql("SELECT * FROM salt_returns WHERE fun = 'test.fib'")) == 1
 
 
-def test_flush_waits_for_what_waits_for_its_confirmation_and_else_says_so_and_fails(site: Site) -> None:
+def test_flush_waits_for_what_waits_for_its_confirmation_and_else_says_so_and_fails(tuned: Site) -> None:
+    site = tuned
+    site.set_pillar(verify_wait_seconds=600.0)
+    site.master.run("mysql_jobcache.reload")
     site.master.run("mysql_jobcache.flush")
     letters = site.status()["books"]["dead_letters"]
     jid = "20260101000000000077"
@@ -104,6 +107,8 @@ def test_flush_waits_for_what_waits_for_its_confirmation_and_else_says_so_and_fa
     done = site.master.cli("salt-run", "--out=json", "mysql_jobcache.flush", "timeout=0.2")
     assert done.returncode == 1
     assert "wait for the master's job cache" in json.loads(done.stdout)["error"]
+    site.set_pillar(verify_wait_seconds=0.5)
+    site.master.run("mysql_jobcache.reload")
     site.master.run("mysql_jobcache.flush")
     assert site.status()["books"]["dead_letters"] == letters + 1
     site.master.run("mysql_jobcache.dead_letters", "delete=all")
