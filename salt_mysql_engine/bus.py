@@ -43,6 +43,7 @@ KiB or, of small events, some 170: the wait ends when three quarters of 128 KiB 
 of the last read, and a read that found as much as that is followed by the next at once. Whoever gets the events is
 told how long they may have waited."""
 _READ_BYTES = 256 * 1024
+_ANEW_BYTES = 8 * 1024 * 1024
 _FIXMAP_2 = 0x82
 
 
@@ -69,18 +70,32 @@ class BareParser:
 
     def __init__(self) -> None:
         self._unpacker = _unpacker()
-        self._unread = 0
+        self._fed = self._unread = 0
 
     def feed(self, data: Buffer) -> list[bytes]:
         """The bodies of the frames that ``data`` completes."""
         try:
             self._unpacker.feed(data)
-            bodies = [_body(frame) for frame in self._unpacker]
+            self._fed += len(data)
+            bodies = [_body(frame) for frame in self._unpacker] if self._fed < _ANEW_BYTES else self._last(data)
         except (ValueError, msgpack.exceptions.UnpackException) as exc:
             raise GarbageError(f"not a frame of the event bus: {exc!r}") from exc
         self._unread = 0 if bodies else self._unread + len(data)
         if self._unread > MAX_FRAME_BYTES:
             raise GarbageError(f"a frame of more than {MAX_FRAME_BYTES} bytes on the event bus")
+        return bodies
+
+    def _last(self, data: Buffer) -> list[bytes]:
+        """The same, and from then on by another unpacker: one never gives back what a huge frame took."""
+        bodies: list[bytes] = []
+        whole = 0
+        for frame in self._unpacker:
+            bodies.append(_body(frame))
+            whole = self._unpacker.tell()
+        if bodies:
+            left = data[len(data) - (self._fed - whole) :]
+            self._unpacker, self._fed = _unpacker(), len(left)
+            self._unpacker.feed(left)
         return bodies
 
 

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import msgpack
 
+from .waits import within
+
 log = logging.getLogger(__name__)
 
 _MEMORY_SHARE = 12
@@ -33,15 +35,21 @@ _MEMORY_SHARE = 12
 16 MiB takes 80 MiB, a Cyrillic one 140; one character beyond the basic plane makes Python take four bytes for each."""
 _ANSWER_SHARE = 2
 _ANSWER_MARGIN = 1024 * 1024
-_SECONDS = 20.0
+_SECONDS, _START_SECONDS = 20.0, 60.0
 _HEADER_BYTES = 64 * 1024
 _REAP_SECONDS, _END_SECONDS = 0.01, 1.0
 FRAME = struct.Struct(">IQ")
+HELLO = b"+"
+"""What it says first."""
 _NAME = "mysql_jobcache decoder"
 
 
 class DecoderDied(Exception):
     """The decoder did not answer; the message says why."""
+
+
+class DecoderMissing(Exception):
+    """No decoder could be started, whatever it was to do; the message says why."""
 
 
 class Answer(NamedTuple):
@@ -75,12 +83,13 @@ class Decoder:
 
         Raises:
             DecoderDied: it crashed, took too long, or said what it cannot mean. The next request gets a new one.
+            DecoderMissing: there is none, and ``body`` is as it was.
         """
         async with self._turn:
             await self._reap()
             if self._memory != _MEMORY_SHARE * self.setup["max_bytes"]:
                 self.close()
-            sock = self._socket or self._start()
+            sock = self._socket or await self._started()
             process = self._process
             assert process is not None
             is_late = False
@@ -120,9 +129,24 @@ class Decoder:
             log.warning("%s", line)
         return answer
 
+    async def _started(self) -> socket.socket:
+        try:
+            await within(_received(self._start(), len(HELLO)), _START_SECONDS)
+        except (OSError, EOFError, asyncio.TimeoutError) as exc:
+            self.deaths += 1
+            self.close()
+            raise DecoderMissing(str(exc) or f"it took more than {_START_SECONDS:g} s") from exc
+        except BaseException:
+            self.close()
+            raise
+        assert self._socket is not None
+        return self._socket
+
     def _start(self) -> socket.socket:
         self._memory = _MEMORY_SHARE * self.setup["max_bytes"]
         ours, its = socket.socketpair()
+        ours.setblocking(False)
+        self._socket = ours
         with its:
             path = [entry for entry in sys.path if isinstance(entry, str)]
             code = (
@@ -136,8 +160,6 @@ class Decoder:
                 stderr=subprocess.DEVNULL,
                 pass_fds=[its.fileno()],
             )
-        ours.setblocking(False)
-        self._socket = ours
         return ours
 
     def close(self) -> None:

@@ -45,6 +45,7 @@ def main(fd: int, parent: int, memory: int) -> None:
     logging.getLogger().addHandler(lines)
     desk = Desk()
     with socket.socket(fileno=fd) as sock:
+        sock.sendall(decoder.HELLO)
         while (head := _received(sock, decoder.FRAME.size)) is not None:
             header_size, body_size = decoder.FRAME.unpack(head)
             header, body = _received(sock, header_size), _received(sock, body_size)

@@ -19,8 +19,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from . import jsontext, records, sql
-from .decoder import Answer, Decoder, DecoderDied
-from .errors import RowsRejected
+from .decoder import Answer, Decoder, DecoderDied, DecoderMissing
+from .errors import RowsRejected, ServerUnavailable
 from .items import Fit, Item, Large
 from .journal import WHOLE_BYTES, Entry, Journal, Settlement
 from .records import Event, Load, Return
@@ -37,7 +37,7 @@ _OUT_BYTES = 8 * 1024 * 1024
 _USUAL_PACKET = 16 * 1024 * 1024
 """``max_allowed_packet``, until the server has said its own."""
 _DEATHS = 2
-_JOURNAL_AGAIN_SECONDS = 1.0
+_AGAIN_SECONDS = 1.0
 MARGIN_BYTES = 64 * 1024
 
 InThread = Callable[..., Awaitable[Any]]
@@ -187,6 +187,8 @@ class LargeEvents:
         """Bytes of what was made and is not settled."""
         self._deaths: dict[int, int] = {}
         self._news = asyncio.Event()
+        self._said = ""
+        """Why there is no decoder."""
 
     def apply(self, setup: Setup) -> None:
         """From now on everything is done by this."""
@@ -234,7 +236,12 @@ class LargeEvents:
                         await self._news.wait()
                 except sqlite3.Error as exc:
                     log.debug("The journal cannot be used now: %s", exc)  # capture and writer say it
-                    await asyncio.sleep(_JOURNAL_AGAIN_SECONDS)
+                    await asyncio.sleep(_AGAIN_SECONDS)
+                except DecoderMissing as exc:
+                    if str(exc) != self._said:
+                        self._said = str(exc)
+                        log.error("Large events wait: the process that decodes them cannot be started: %s", exc)
+                    await asyncio.sleep(_AGAIN_SECONDS)
         finally:
             await self._decoder.end()
 
@@ -294,6 +301,7 @@ class LargeEvents:
 
         Raises:
             RowsRejected: there are none.
+            ServerUnavailable: nobody can make them now.
         """
         if not isinstance(item.outcome, Large) or item.outcome.fit == self.fit:
             return item
@@ -303,6 +311,8 @@ class LargeEvents:
             answer = None if entry is None or entry.size else await self._ask_to_make(entry, fit)
         except DecoderDied:
             answer = None
+        except DecoderMissing as exc:
+            raise ServerUnavailable(f"the process that decodes large events cannot be started: {exc}") from exc
         if answer is None or answer.said[0] != "item":
             raise RowsRejected("the tables changed, and no row can be made for them")
         return _item(item.seq, item.captured_at, answer, fit)
@@ -329,6 +339,7 @@ class LargeEvents:
             await self.bury(entry.seq, "decoder", f"it ended the decoder {deaths} times: {exc}")
             return None
         self._deaths.pop(entry.seq, None)
+        self._said = ""
         if answer.said[0] in ("too_large", "fault"):
             await self.bury(entry.seq, *map(str, answer.said[:2]))
             return None

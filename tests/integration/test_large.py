@@ -248,6 +248,21 @@ async def test_a_decoder_that_is_killed_costs_a_start(database: Scratch, shippin
         assert (await ship.settled())["written"] == 1
 
 
+@pytest.mark.parametrize("program", ["", "/nowhere/python", "/bin/false", "/bin/echo"])
+async def test_while_no_decoder_can_be_started_large_events_wait(
+    database: Scratch, shipping: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, program: str
+) -> None:
+    async with shipping(**SOON) as ship:
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", program)
+            await ship.take(returned(jid(1), "web1", TEXT), returned(jid(2), "web1"))
+            await ship.until(lambda: ship.decoder.deaths >= 3)
+            assert database.count("salt_returns") == 1
+        books = await ship.settled()
+        assert (books["written"], books["dead_letters"]) == (2, 0)
+    assert caplog.text.count("Large events wait") == 1
+
+
 async def test_an_event_that_ends_two_decoders_is_a_dead_letter_and_stays_one(
     database: Scratch, shipping: Make
 ) -> None:
@@ -388,7 +403,7 @@ async def test_a_decoder_that_was_taken_over_cannot_fill_the_engines_memory(
         f"#!{sys.executable}\n"
         "import re, socket, struct, sys, time\n"
         "sock = socket.socket(fileno=int(re.search(r'main[(]([0-9]+),', sys.argv[3])[1]))\n"
-        "sock.sendall(struct.pack('>IQ', 3, 2**33) + b'xxx')\n"
+        "sock.sendall(b'+' + struct.pack('>IQ', 3, 2**33) + b'xxx')\n"
         "time.sleep(600)\n"
     )
     fake.chmod(0o700)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 
 import msgpack
+import psutil
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -63,6 +64,28 @@ def test_a_stream_cut_in_two_anywhere_gives_the_same_bodies(frame: Framing) -> N
 def test_a_stream_that_comes_byte_by_byte_gives_the_same_bodies(frame: Framing) -> None:
     stream = b"".join(map(frame, BODIES))
     assert parsed(*(stream[n : n + 1] for n in range(len(stream)))) == BODIES
+
+
+@pytest.mark.parametrize("anew", [0, 100])
+@every_framing
+def test_a_parser_that_gives_back_its_memory_gives_the_same_bodies(
+    frame: Framing, anew: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus, "_ANEW_BYTES", anew)
+    stream = b"".join(map(frame, BODIES * 2))
+    assert parsed(*(stream[n : n + 1] for n in range(len(stream)))) == BODIES * 2
+    for size in range(2, len(stream)):
+        assert parsed(*(stream[n : n + size] for n in range(0, len(stream), size))) == BODIES * 2
+
+
+def test_a_huge_frame_takes_no_memory_when_it_is_through() -> None:
+    parser = bus.parser_for(b"\x82")
+    stream = bare(bytes(48 * MIB))
+    chunks = [stream[n : n + MIB] for n in range(0, len(stream), MIB)]
+    del stream
+    before = psutil.Process().memory_info().rss
+    assert sum(len(parser.feed(chunk)) for chunk in chunks) == 1
+    assert psutil.Process().memory_info().rss - before < 16 * MIB
 
 
 @given(st.sampled_from(FRAMINGS), st.lists(st.binary(max_size=400), min_size=1), st.data())
