@@ -364,7 +364,7 @@ def test_a_full_journal_gives_up_returns_counts_them_and_takes_every_publish(
 def test_what_the_engine_took_of_a_file_does_not_count_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool, "_LOOK_SECONDS", 0.0)
     monkeypatch.setattr(intake, "_SAY_SECONDS", 0.0)
-    # The write-ahead log counts from 4 MiB on, and is small beside it.
+    monkeypatch.setattr("salt_mysql_engine.journal._CHECKPOINT_AGAIN_SECONDS", 0.0)  # the log counts from 4 MiB on
     hand = HandOff(opts(tmp_path, journal_max_bytes=8 * MIB))
     with engine(tmp_path) as (journal, taking):
         for number in range(200):
