@@ -22,19 +22,20 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from . import folders, journalfile, moments, spool
+from . import folders, moments, spool
 from .journal import Journal
 from .journalfile import CONFIRMED, NewEvent
 
 log = logging.getLogger(__name__)
 
 _STEP_BYTES, _STEP_FILES = 4 * 1024 * 1024, 64
-_DRAIN_SECONDS = 2.0
+_DRAIN_SECONDS = 0.4
+"""Less than those who ask wait (``pending.py``)."""
 _SAY_SECONDS, _LAST_SECONDS = 0.5, 1.0
 _TIDY_SECONDS = 10.0
 _MARK = "spool "
 _MOST_JOBS = 10_000
-_TRIES = 20
+_FOREIGN_SECONDS = 2.0
 _NO_FILE = (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM)
 """How the system says that a name is no file of ours."""
 _TORN = "dropped.spool_torn"
@@ -102,8 +103,12 @@ class Intake:
         self._journal = journal
         self._place = spool.Place(folder)
         self._files: dict[str, _File] = {}
-        self._foreign: dict[str, int] = {}
-        """How often each name was tried that is no file of ours: one that root makes is given away a moment later."""
+        self._foreign: dict[str, float] = {}
+        """Names that are no file of ours, and since when: one that root makes is given away a moment later."""
+        self._said_foreign: set[str] = set()
+        """Those of them that the log has named; they are looked at seldom."""
+        self._unopened: list[str] = []
+        """What is left of the last listing, newest first: thousands of files are not listed again for each few."""
         self._marks: dict[str, float] | None = None
         self._more_files = False
         self._salvaged = ""
@@ -168,24 +173,34 @@ class Intake:
         if self._place.enter():
             self._said = -1
             self._foreign.clear()
-        names = []
-        with os.scandir(self._place.spool) as entries:
-            names = [each.name for each in entries if each.name not in self._files]
+            self._said_foreign.clear()
+            self._unopened.clear()
+        if not self._unopened:
+            self._list()
         room = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2) - len(self._files)
-        new = sorted(name for name in names if spool.NAME.fullmatch(name) and self._foreign.get(name, 0) < _TRIES)
-        had = len(self._files)
-        for name in new[: max(0, min(room, _STEP_FILES))]:
-            self._open(name, self._marks)
-        self._more_files = len(self._files) - had == _STEP_FILES
-        now = time.monotonic()
-        if now >= self._tidy_at:
-            self._tidy_at = now + _TIDY_SECONDS
-            self._tidy({*names, *self._files})
+        for _ in range(min(room, _STEP_FILES, len(self._unopened))):
+            self._open(self._unopened.pop(), self._marks)
+        self._more_files = bool(self._unopened) and room > 0
         if self._salvaged != self._journal.salvaged:  # a damaged journal may have lost how far we came
             self._salvaged = self._journal.salvaged
             again = _Step()
             again.reached = {file.name: (file.offset, file.counted) for file in self._files.values()}
             self._take([], again)
+
+    def _list(self) -> None:
+        now = time.monotonic()
+        with os.scandir(self._place.spool) as entries:
+            names = [each.name for each in entries if each.name not in self._files]
+        if now >= self._tidy_at:
+            self._tidy_at = now + _TIDY_SECONDS
+            self._tidy({*names, *self._files})
+            self._foreign = {name: self._foreign[name] for name in names if name in self._foreign}
+            self._said_foreign &= {*names}
+            known: set[str] = set()  # they may have become ours
+        else:
+            known = self._said_foreign
+        new = (name for name in names if spool.NAME.fullmatch(name) and name not in known)
+        self._unopened = sorted(new, reverse=True)
         if now >= self._last_at:
             self._last_at = now + _LAST_SECONDS
             self._take_last([name for name in names if name in spool.LAST])
@@ -211,9 +226,11 @@ class Intake:
         self._files[name] = _File(name, file, marks)
 
     def _ignore(self, name: str, why: str) -> None:
-        self._foreign[name] = self._foreign.get(name, 0) + 1
-        if self._foreign[name] == _TRIES:
-            log.error("The spool file %s is not taken: %s", self._place.path / spool.FOLDER / name, why)
+        now = time.monotonic()
+        if now - self._foreign.setdefault(name, now) < _FOREIGN_SECONDS or name in self._said_foreign:
+            return
+        self._said_foreign.add(name)
+        log.error("The spool file %s is not taken: %s", self._place.path / spool.FOLDER / name, why)
 
     def _take_last(self, names: Sequence[str]) -> None:
         """What was written on a full disk becomes a file like the others, once there is room to make it again."""
@@ -364,10 +381,7 @@ class Intake:
         if now < self._say_at:
             return
         self._say_at = now + _SAY_SECONDS
-        log_bytes = max(
-            0, journalfile.wal_bytes(self._journal.path) - journalfile.WAL_BYTES
-        )  # it is emptied from there on
-        used = self._journal.measured() + log_bytes
+        used = self._journal.measured() + self._journal.log_bytes
         used -= sum(file.offset for file in self._files.values())
         if used == self._said:
             return

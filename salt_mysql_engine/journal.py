@@ -192,8 +192,7 @@ class Journal(MendedFile):
 
         What cannot have room, however many went, takes none along.
         """
-        # What cannot be emptied of the write-ahead log counts, and no deletion makes it smaller.
-        log_bytes = max(0, journalfile.wal_bytes(self.path) - _LOG_BYTES)
+        log_bytes = self.log_bytes
         room = self.caps.max_bytes - self.used_bytes - log_bytes
         sizes = sorted(journalfile.size_of([event]) for event in events)
         wanted = sum(sizes)
@@ -486,6 +485,11 @@ class Journal(MendedFile):
                 log.error("%d events waited longer than journal_max_age_hours and are dropped", dropped)
             if len(victims) < _DROP_ROWS:
                 return
+
+    @property
+    def log_bytes(self) -> int:
+        """What of the write-ahead log counts for the cap: what cannot be emptied. No deletion makes it smaller."""
+        return max(0, journalfile.wal_bytes(self.path) - _LOG_BYTES)
 
     @mended
     def measured(self) -> int:

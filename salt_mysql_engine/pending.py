@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
-import mmap
 import os
 import sqlite3
 import time
@@ -109,24 +108,27 @@ class Pending:
         return self._in_journal(jid) + handed_over, False
 
     def _of_engine(self, jid: str | None) -> tuple[list[_Row], bool]:
+        page = self._ask_engine("pending", jid=jid, at=0)
+        # In this order: what the engine takes in the moment between is in the journal, and was in the spool.
+        behind = page["behind"]
+        handed_over = self._in_spool(jid) if behind else []
+        if behind:
+            page = self._ask_engine("pending", jid=jid, at=0)
         rows: list[_Row] = []
-        page: dict[str, Any] = {"at": 0}
-        behind = whole = False
         room = MOST_BYTES
         while True:
-            page = self._ask_engine("pending", jid=jid, at=page["at"])
             new = [
                 (seq, at, self._large(seq, size) if size else base64.b64decode(body), state)
                 for seq, at, body, state, size in page["events"]
             ]
             rows += new
             room -= sum(len(row[2]) for row in new)
-            behind, whole = behind or page["behind"], page["whole"]
             if not page["more"] or (jid is None and (room <= 0 or len(rows) >= MOST_EVENTS)):
                 break
+            page = self._ask_engine("pending", jid=jid, at=page["at"])
         self.away = page["away"]
         rows.sort(key=lambda row: row[0])
-        return rows + (self._in_spool(jid) if behind else []), whole and not behind
+        return rows + handed_over, page["whole"] and not behind
 
     def _large(self, seq: int, size: int) -> bytes:
         """A body that has no room in a page; what is left of it when it has gone into MySQL meanwhile."""
@@ -252,18 +254,16 @@ def _records_of(folder: int, name: str, jid: str | None) -> list[spool.Record]:
     except OSError:
         return []
     try:
-        if jid is not None:
-            with mmap.mmap(file, 0, prot=mmap.PROT_READ) as content:
-                if content.find(jid.encode()) < 0:
-                    return []
         header = spool.header_of(os.pread(file, spool.HEADER.size, 0))
-        if header is None:
-            return []
-        return spool.parse(os.pread(file, os.fstat(file).st_size, spool.HEADER.size), header.key)[0]
-    except (OSError, ValueError):  # it is empty, or is taken away just now
+        # Read, not mapped: its process may make it shorter, and a page that is gone would end this one.
+        content = os.pread(file, os.fstat(file).st_size, spool.HEADER.size)
+    except OSError:
         return []
     finally:
         os.close(file)
+    if header is None or (jid is not None and jid.encode() not in content):
+        return []
+    return spool.parse(content, header.key)[0]
 
 
 def warn(message: str) -> None:

@@ -233,6 +233,7 @@ class HandOff:
         self._held_bytes = 0
         self._thread: threading.Thread | None = None
         self._check_engine_at = 0.0
+        _watch_forks()
         _all.add(self)
 
     def published(self, jid: str, load: Mapping[str, Any], minions: Iterable[str] | None) -> None:
@@ -330,8 +331,13 @@ class HandOff:
 
     def _begin_trying(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._try_on, name="mysql_jobcache hand-off", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._try_on, name="mysql_jobcache hand-off", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as exc:  # no more threads for this user: the next return tries again
+                log.debug("No thread can be started to write what is held in memory: %s", exc)
+            else:
+                self._thread = thread
 
     def _try_on(self) -> None:
         """Until all that is held is written, and all that was dropped is counted."""
@@ -340,7 +346,7 @@ class HandOff:
             with self._lock:
                 try:
                     self._catch_up()
-                except OSError as exc:
+                except (OSError, MemoryError) as exc:
                     log.debug("The spool in %s still cannot be written: %s", self._path, exc)
                     continue
                 if not self._held and not any(self._uncounted):
@@ -415,12 +421,11 @@ class HandOff:
         """At what counts toward the cap, and at the disk."""
         began = time.monotonic()
         self._enter()
-        used = _said_used(self._place.folder)
-        with os.scandir(self._place.spool) as entries:
-            for entry in entries:
-                if entry.name.endswith(".spool"):
-                    with contextlib.suppress(OSError):
-                        used += entry.stat(follow_symlinks=False).st_size
+        try:
+            used = _said_used(self._place.folder) + _spooled_bytes(self._place.spool)
+        except OSError as exc:  # out of descriptors: as it was
+            log.debug("The spool in %s cannot be looked at: %s", self._path, exc)
+            used = self._used + self._since
         self._disk_is_low = free_bytes(self._place.spool) < DISK_BYTES
         self._used, self._since = used, 0
         if self._full and used < self._most - self._cap // 8:
@@ -440,6 +445,9 @@ class HandOff:
                 return
             if self._end < self._file_bytes:
                 return
+            with contextlib.suppress(OSError):  # out of descriptors: the old one takes more
+                self._begin()
+            return
         self._begin()
 
     def _begin(self) -> None:
@@ -448,7 +456,7 @@ class HandOff:
         key = os.urandom(KEY_BYTES - 1) + b"\1"
         file = self._new_file(key, self._uncounted)
         if self._file >= 0:
-            os.close(self._file)
+            _leave(self._file)
         self._file, self._key, self._end = file, key, HEADER.size
         self._counts, self._uncounted = self._uncounted, [0] * len(REASONS)
 
@@ -483,7 +491,7 @@ class HandOff:
             os.ftruncate(file, 0)  # nothing of it counts
             os.close(file)
             raise
-        os.close(self._file)
+        _leave(self._file)
         self._file, self._is_elsewhere = file, False
         self._counts = [had + one for had, one in zip(self._counts, self._uncounted, strict=True)]
         self._uncounted = [0] * len(REASONS)
@@ -493,8 +501,7 @@ class HandOff:
         """Into a file whose blocks are its own already; whether there was room."""
         for number in range(len(LAST)):
             name = LAST[(os.getpid() + number) % len(LAST)]
-            with contextlib.suppress(OSError), _opened(folders.open_file(self._place.spool, name)) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError), _locked(folders.open_file(self._place.spool, name)) as file:
                 its = os.stat(name, dir_fd=self._place.spool, follow_symlinks=False)
                 if not os.path.samestat(os.fstat(file), its):
                     continue  # the engine has just renamed it
@@ -525,7 +532,7 @@ class HandOff:
             self._enter()
             with _opened(folders.open_or_create(self._place.folder, "said")) as said:
                 info = os.fstat(said)
-                if info.st_size and time.time() - info.st_mtime < _CHECK_ENGINE_SECONDS:
+                if info.st_size and abs(time.time() - info.st_mtime) < _CHECK_ENGINE_SECONDS:
                     return  # another process did
                 os.pwrite(said, b"\n", 0)
         log.error(
@@ -582,6 +589,16 @@ def _said_used(folder: int) -> int:
             return 0
 
 
+def _spooled_bytes(spool: int) -> int:
+    size = 0
+    with os.scandir(spool) as entries:
+        for entry in entries:
+            if entry.name.endswith(".spool"):
+                with contextlib.suppress(OSError):
+                    size += entry.stat(follow_symlinks=False).st_size
+    return size
+
+
 def _is_begun(file: int, header: bytes) -> bool:
     """Locks a new file and writes its header; not where the engine was quicker, and took it for a dead process's."""
     try:
@@ -610,12 +627,29 @@ def _opened(descriptor: int) -> Iterator[int]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def _locked(descriptor: int) -> Iterator[int]:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield descriptor
+    finally:
+        _leave(descriptor)
+
+
+def _leave(file: int) -> None:
+    """Closes a file and frees its lock, which a child would keep that another thread forked off just now."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
+
+
 def _texts(values: Iterable[Any] | None) -> list[str]:
     return [value for value in values or () if isinstance(value, str)]
 
 
 _all: weakref.WeakSet[HandOff] = weakref.WeakSet()
 _of_process: dict[int, HandOff] = {}
+_forks_watched: list[bool] = []
 
 
 def _after_fork() -> None:
@@ -626,7 +660,10 @@ def _after_fork() -> None:
     _of_process.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def _watch_forks() -> None:
+    if not _forks_watched:
+        _forks_watched.append(True)
+        os.register_at_fork(after_in_child=_after_fork)
 
 
 def current() -> HandOff | None:

@@ -10,8 +10,10 @@ import logging
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +24,11 @@ import pytest
 from salt_mysql_engine import folders, intake, moments, pending, reconcile, records, spool
 from salt_mysql_engine.control import socket_path
 from salt_mysql_engine.errors import JournalError
-from salt_mysql_engine.intake import Intake
+from salt_mysql_engine.intake import Intake, Taken
 from salt_mysql_engine.journal import Caps, Journal, NewEvent, Settlement
 from salt_mysql_engine.pending import Pending
 from salt_mysql_engine.spool import HandOff
+from salt_mysql_engine.telling import Teller
 from tests.support.asking import ask, returner, values
 from tests.support.disks import fill, mounted
 from tests.support.mariadb import wait_until
@@ -741,18 +744,24 @@ def test_short_processes_that_come_and_go_cost_the_workers_nothing(tmp_path: Pat
     )
 
 
-def test_many_files_that_short_processes_left_are_taken_in_small_steps(tmp_path: Path) -> None:
+def test_many_files_that_short_processes_left_are_taken_in_small_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(1000):
         hand = HandOff(opts(tmp_path))
         hand._check_engine_at = float("inf")
         hand.returned(return_data(jid(number), "web1", "x" * 1000))
         hand.close()
+    listed = []
+    real = os.scandir
+    monkeypatch.setattr(intake.os, "scandir", lambda folder: (listed.append(folder), real(folder))[1])
     with engine(tmp_path) as (journal, taking):
         while files(tmp_path):
             assert taking.step().events <= 64
             assert len(taking._files) <= 200
         assert balanced(journal)["captured"] == 1000
     assert files(tmp_path) == []
+    assert len(listed) < 15, "they are not listed again for each few"
 
 
 def test_workers_drop_nothing_while_large_dead_letters_are_tried_again(tmp_path: Path) -> None:
@@ -851,6 +860,113 @@ def test_a_file_that_root_has_not_given_away_yet_is_taken_a_moment_later(tmp_pat
         assert journal.pending == 1
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_file_that_was_named_as_none_of_ours_is_taken_once_it_is_ours(
+    tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However long root was stopped between the two calls."""
+    monkeypatch.setattr(intake, "_FOREIGN_SECONDS", 0.0)
+    monkeypatch.setattr(intake, "_TIDY_SECONDS", 0.1)
+    hand.returned(return_data(jid(1), "web1"))
+    path = folder(tmp_path) / spool.FOLDER / files(tmp_path)[0]
+    os.chown(path, 65533, 65533)
+    with engine(tmp_path) as (journal, taking):
+        for _ in range(50):
+            taking.step()
+        assert caplog.text.count("is not taken") == 1
+        os.chown(path, 0, 0)
+        wait_until(lambda: bool(taking.step().events or journal.pending), timeout=10, what="the file")
+        assert balanced(journal)["captured"] == 1
+
+
+def test_a_child_that_another_thread_forks_off_while_a_file_begins_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps a descriptor of the new file that its parent does not know of yet, and with it the lock."""
+    real, children, (end, alive) = spool._is_begun, [], os.pipe()
+
+    def forking(file: int, header: bytes) -> bool:
+        begun = real(file, header)
+        child = os.fork()
+        if child == 0:
+            os.close(alive)
+            os.read(end, 1)
+            os._exit(0)
+        children.append(child)
+        return begun
+
+    monkeypatch.setattr(spool, "_is_begun", forking)
+    hand = HandOff(opts(tmp_path, journal_max_bytes=4 * MIB))
+    for number in range(30):
+        hand.returned(return_data(jid(number), "web1", "x" * 10_000))
+    assert len(children) > 2
+    with engine(tmp_path) as (journal, taking):
+        for _ in range(20):
+            taking.step()
+        assert balanced(journal)["captured"] == 30
+        assert len(files(tmp_path)) == 1
+    os.close(alive)
+    for child in children:
+        os.waitpid(child, 0)
+    os.close(end)
+    hand.close()
+
+
+def test_where_no_thread_can_be_started_a_later_return_starts_it(
+    tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "_RETRY_SECONDS", 0.05)
+    hand.returned(return_data(jid(0), "web1"))
+    monkeypatch.setattr(spool, "free_bytes", lambda _: MIB)
+    hand._look_at = 0.0
+    real, refused = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    for number in range(1, 4):
+        hand.returned(return_data(jid(number), "web1"))
+    assert refused
+    monkeypatch.setattr(spool, "free_bytes", lambda _: 2**40)
+    wait_until(lambda: len(spooled(tmp_path)) == 4, timeout=10, what="what was held")
+
+
+def test_a_process_that_is_out_of_descriptors_hands_over_all_the_same(tmp_path: Path) -> None:
+    script = (
+        "import resource\n"
+        "spool._LOOK_BYTES = 0\n"
+        "hand.returned(return_data(jid(0), 'web1'))\n"
+        "free = os.open('/', os.O_RDONLY)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (free, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "for number in range(1, 200):\n"
+        "    hand.returned(return_data(jid(number), 'web1', 'x' * 2000))\n"
+        "    assert not hand._held\n"
+        "os._exit(0)\n"
+    )
+    worker = process(script, tmp_path, json.dumps({"journal_max_bytes": 4 * MIB}))
+    worker.communicate(timeout=60)
+    assert worker.returncode == 0
+    with engine(tmp_path) as (journal, _):
+        books = balanced(journal)
+    assert (books["captured"], books["dropped"]) == (200, {})
+
+
+def test_nothing_happens_at_import_and_forks_are_watched_from_the_first_hand_off_on() -> None:
+    script = (
+        "import os; watched = []; os.register_at_fork = lambda **kwargs: watched.append(kwargs)\n"
+        "from salt_mysql_engine import spool\n"
+        "ours = lambda: [each for each in watched if spool._after_fork in each.values()]\n"
+        "assert not ours()\n"
+        "for _ in range(3): spool.HandOff({'cachedir': '/nowhere', 'sock_dir': '/nowhere', 'id': 'm'})\n"
+        "assert len(ours()) == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 # Who reads what was handed over
 
 
@@ -935,3 +1051,59 @@ async def test_without_an_engine_that_answers_the_files_are_read(tmp_path: Path,
         assert sorted(Pending(opts(tmp_path)).jobs()) == [jid(1), jid(2)]
         assert time.monotonic() - began < 2.0, "it is waited for once"
     pending._silent_until.clear()
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_ends_no_reader(tmp_path: Path, hand: HandOff) -> None:
+    """A write that failed on a full disk is cut off again; whoever has the file mapped is killed by the next look."""
+    hand.returned(return_data(jid(1), "web1"))
+    path = folder(tmp_path) / spool.FOLDER / files(tmp_path)[0]
+    end = path.stat().st_size
+    script = (
+        "from salt_mysql_engine import pending\n"
+        "place = os.open(sys.argv[3], os.O_RDONLY)\n"
+        "until = time.monotonic() + 1.5\n"
+        "while time.monotonic() < until: pending._records_of(place, sys.argv[4], jid(99))\n"
+        "assert len(pending._records_of(place, sys.argv[4], jid(1))) == 1\n"
+    )
+    reader = process(script, tmp_path, "{}", path.parent, path.name)
+    while reader.poll() is None:
+        os.truncate(path, end + 8 * MIB)
+        os.truncate(path, end)
+    reader.communicate()
+    assert reader.returncode == 0
+
+
+async def test_what_the_engine_takes_while_the_spool_is_read_beside_it_is_found(
+    tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said that the spool holds more, since the disk was full, and a moment later there was room."""
+    hand.returned(return_data(jid(1), "web1"))
+    with engine(tmp_path) as (journal, taking):
+        teller = Teller(journal, _at_once, taking, _at_once, None, handed_off=True)  # type: ignore[arg-type]
+        monkeypatch.setattr(Teller, "_away", lambda _: "")
+        hand.returned(return_data(jid(1), "web2"))
+        hand.close()
+        real = Intake.drain
+
+        def full(taking: Intake) -> Taken:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(Intake, "drain", full)
+        loop = asyncio.new_event_loop()
+        asked = Pending(opts(tmp_path))
+
+        def ask_engine(verb: str, **arguments: Any) -> Any:
+            answer = loop.run_until_complete(getattr(teller, verb)(**arguments))
+            real(taking)
+            real(taking)
+            return answer
+
+        monkeypatch.setattr(asked, "_ask_engine", ask_engine)
+        found = await asyncio.to_thread(asked.job, jid(1))
+        assert files(tmp_path) == []
+        loop.close()
+    assert sorted(found.returns) == ["web1", "web2"]
+
+
+async def _at_once(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
