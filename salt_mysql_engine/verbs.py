@@ -92,7 +92,10 @@ def dead_letters(
         found = control.ask(opts, "dead_letters", timeout=30.0, seq=_number("show", show))
         if not found:
             raise EngineError(f"there is no dead letter {show}")
-        return _whole(opts, found[0])
+        whole = _whole(opts, found[0])
+        if whole is None:
+            raise EngineError(f"there is no dead letter {show} any more")
+        return whole
     if delete is not None:
         return dict(
             control.ask(opts, "delete_dead_letters", timeout=_ALL_SECONDS, seq=_number_or_all("delete", delete))
@@ -111,8 +114,8 @@ def dead_letters(
     return letters
 
 
-def _whole(opts: Mapping[str, Any], letter: Mapping[str, Any]) -> dict[str, Any]:
-    """A dead letter with what it holds. It is opened here, and not in the engine."""
+def _whole(opts: Mapping[str, Any], letter: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A dead letter with what it holds; ``None`` when it is gone. It is opened here, and not in the engine."""
     from . import records
 
     body = b""
@@ -120,6 +123,8 @@ def _whole(opts: Mapping[str, Any], letter: Mapping[str, Any]) -> dict[str, Any]
         control.ask(opts, "dead_letter", timeout=30.0, seq=letter["seq"], offset=len(body))
     ):
         body += piece
+    if len(body) != letter["bytes"]:
+        return None
     records.limit_objects(_MOST_OBJECTS)
     return {**letter, **records.describe(body)}
 
@@ -134,8 +139,10 @@ def _export(opts: Mapping[str, Any], path: Path) -> dict[str, Any]:
     with os.fdopen(fd, "w", encoding="utf-8") as file:
         while letters := control.ask(opts, "dead_letters", timeout=30.0, after=last):
             for letter in letters:
-                file.write(json.dumps(_whole(opts, letter), ensure_ascii=False) + "\n")
-            count, last = count + len(letters), letters[-1]["seq"]
+                if (whole := _whole(opts, letter)) is not None:
+                    file.write(json.dumps(whole, ensure_ascii=False) + "\n")
+                    count += 1
+            last = letters[-1]["seq"]
     return {"exported": count, "path": str(path)}
 
 

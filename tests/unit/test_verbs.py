@@ -178,13 +178,15 @@ def test_all_letters_are_exported_page_by_page_into_a_file_for_the_owner_only(
     def ask(opts: Any, verb: str, *, timeout: float, after: int = 0, seq: int = 0, offset: int = 0) -> Any:
         if verb == "dead_letter":
             return base64.b64encode(bodies[seq - 1][offset : offset + 16]).decode()
-        return [{"seq": seq} for seq in range(after + 1, min(after + 20, len(stored)) + 1)]
+        last = min(after + 20, len(stored))
+        return [{"seq": seq, "bytes": len(bodies[seq - 1])} for seq in range(after + 1, last + 1)]
 
     monkeypatch.setattr(control, "ask", ask)
     path = tmp_path / "letters.jsonl"
     assert letters(export=str(path)) == {"exported": 105, "path": str(path)}
     assert path.stat().st_mode & 0o777 == 0o600
-    assert [json.loads(line) for line in path.read_text().removesuffix("\n").split("\n")] == stored
+    lines = [json.loads(line) for line in path.read_text().removesuffix("\n").split("\n")]
+    assert [{key: line[key] for key in line if key != "bytes"} for line in lines] == stored
     with pytest.raises(EngineError, match="cannot be created: File exists"):
         letters(export=str(path))
     with pytest.raises(EngineError, match="cannot be created: No such file"):
@@ -241,3 +243,21 @@ def test_a_pass_is_asked_for_and_waited_for_with_progress(monkeypatch: pytest.Mo
     assert verbs.reconcile(OPTS, None, shown.append)["returns_added"] == 7
     assert requests[0] == ("reconcile", None)
     assert [line.split(":")[0][-20:] for line in shown] == ["jobs, 0 rows missing", "waiting", ""]
+
+
+def test_a_letter_that_is_deleted_while_it_is_read_is_left_out_and_no_half_of_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = b"salt/job/1/ret/web1\n\n" + msgpack.packb({"return": "x" * 100})
+
+    def ask(opts: Any, verb: str, *, timeout: float, after: int = 0, seq: int = 0, offset: int = 0) -> Any:
+        if verb == "dead_letter":
+            return base64.b64encode(b"" if seq == 2 and offset else body[offset : offset + 16]).decode()
+        return [{"seq": number, "bytes": len(body)} for number in ([seq] if seq else range(1, 4)) if number > after]
+
+    monkeypatch.setattr(control, "ask", ask)
+    path = tmp_path / "letters.jsonl"
+    assert letters(export=str(path))["exported"] == 2
+    assert [json.loads(line)["seq"] for line in path.read_text().splitlines()] == [1, 3]
+    with pytest.raises(EngineError, match="there is no dead letter 2 any more"):
+        letters(show=2)
