@@ -209,12 +209,13 @@ def wal_bytes(path: Path) -> int:
         return 0
 
 
-def inode(path: Path) -> int:
-    """Which file it is; 0 when there is none."""
+def identity(path: Path) -> tuple[int, int] | None:
+    """Which file it is, and of which disk; nothing when there is none."""
     try:
-        return os.stat(path).st_ino  # noqa: PTH116 (before every group: a Path costs more than the call)
+        its = os.stat(path)  # noqa: PTH116 (before every group: a Path costs more than the call)
     except OSError:
-        return 0
+        return None
+    return its.st_dev, its.st_ino
 
 
 def leave_room_to_settle(db: sqlite3.Connection, path: Path) -> None:

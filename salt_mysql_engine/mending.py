@@ -58,7 +58,7 @@ class MendedFile(abc.ABC):
         self._broken = False
         """Whether the file is corrupt and not replaced yet."""
         self._lock_fd = -1
-        self._inode = 0
+        self._identity: tuple[int, int] | None = None
         self._db: sqlite3.Connection
 
     @abc.abstractmethod
@@ -131,7 +131,7 @@ class MendedFile(abc.ABC):
 
     def be_there(self) -> bool:
         """Somebody may have deleted the file under us: then all that it holds goes into a new one. Whether it did."""
-        if journalfile.inode(self.path) == self._inode:
+        if journalfile.identity(self.path) == self._identity:
             return False
         old, salvaged = self._db, self.salvaged
         try:
@@ -201,5 +201,5 @@ class MendedFile(abc.ABC):
 
     def _connect(self) -> sqlite3.Connection:
         db = journalfile.connect(self.path, timeout=TIMEOUT)
-        self._inode = self.path.stat().st_ino
+        self._identity = journalfile.identity(self.path)
         return db

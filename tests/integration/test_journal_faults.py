@@ -19,7 +19,7 @@ import pytest
 
 from salt_mysql_engine import capture, writer
 from salt_mysql_engine.errors import JournalError
-from salt_mysql_engine.journal import Journal
+from salt_mysql_engine.journal import Journal, NewEvent
 from tests.support.disks import fill, mounted
 from tests.support.scratch import Scratch
 from tests.support.shipping import Shipping, jid, returned, returns
@@ -387,3 +387,25 @@ async def test_a_journal_whose_header_is_gone_at_the_start_begins_anew(
         assert "was set aside as" in caplog.text
         assert Path(ship.journal.salvaged).exists()
     assert stored(database) == {jid(200)}
+
+
+def test_a_disk_that_is_mounted_over_the_journal_is_seen_also_where_its_file_has_the_same_number(
+    tmp_path: Path,
+) -> None:
+    """A snapshot of the disk, say: what is written goes to where it is found again."""
+    with mounted(tmp_path / "one") as one, mounted(tmp_path / "two") as two:
+        journal, other = Journal(one / "mysql_jobcache"), Journal(two / "mysql_jobcache")
+        journal.open()
+        other.open()
+        other.close()
+        if journal.path.stat().st_ino != other.path.stat().st_ino:
+            pytest.skip("the numbers differ here")
+        subprocess.run(["mount", "--bind", str(two), str(one)], check=True)
+        try:
+            journal.append([NewEvent(1.0, "20261122214227130648", "web1", b"x")])
+            journal.close()
+            journal.open()
+            assert journal.pending == 1
+            journal.close()
+        finally:
+            subprocess.run(["umount", "-l", str(one)], check=True)
