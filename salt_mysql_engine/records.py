@@ -72,6 +72,7 @@ class Ignored(str, enum.Enum):
     TOO_LONG = "too_long"
     NEVER_RAN = "never_ran"
     FORGOTTEN = "forgotten"
+    UNCONFIRMED_START = "unconfirmed_start"
 
 
 class Kind(enum.Enum):

@@ -53,6 +53,8 @@ _AHEAD_SECONDS = 2.0
 _AHEAD_AGE_SECONDS = 5.0
 _AHEAD_ROWS, _AHEAD_BYTES = 500, 8 * 1024 * 1024
 _LOG_LINES, _LOG_SECONDS = 20, 60.0
+_STARTS = (Kind.RUNNER_NEW, Kind.WHEEL_NEW)
+"""Their returns say all that they say. 3006 and 3007 store nothing of such a job before its end, so nobody waits."""
 _KINDS_WITH_VALUES = (Kind.JOB_RETURN, Kind.RUNNER_RETURN, Kind.WHEEL_RETURN)
 _VALUES = ("return", "retcode", "success", "out", "fun", "fun_args", "user")
 
@@ -285,6 +287,8 @@ class Verifier:
                 look.unknown.append(each)
             elif isinstance(answer, NotAsked):
                 look.left_over.append(each)
+            elif isinstance(each.event, Opened) and each.event.job is not None and each.event.job.kind in _STARTS:
+                look.going_on.append(self._no_job(each, Ignored.UNCONFIRMED_START))
             else:
                 look.absent.append(each)
         return look
@@ -356,9 +360,14 @@ class Verifier:
         # What lacks a key is looked for: the cache may have it, and a stranger's is kept as a dead letter.
         if refused in (None, Ignored.MISSING_KEY):
             return checked
-        if event.chosen or self.selection.wants_event(event.tag):
+        return self._no_job(checked, refused)
+
+    def _no_job(self, checked: Checked, why: Ignored) -> Checked:
+        """An entry that is no row of a job; it may be one of events."""
+        event = checked.event
+        if isinstance(event, Opened) and (event.chosen or self.selection.wants_event(event.tag)):
             return checked._replace(event=event._replace(job=None, chosen=True))
-        return checked._replace(event=refused)
+        return checked._replace(event=why)
 
     def _needs_look(self, checked: Checked) -> bool:
         event = checked.event

@@ -185,6 +185,7 @@ def test_an_event_that_is_no_return_becomes_no_row(site: Site) -> None:
     grown = {
         reason: after[reason] - before.get(reason, 0) for reason in after if after[reason] != before.get(reason, 0)
     }
+    grown.pop("unconfirmed_start", None)  # of the runners that were just asked (3006, 3007)
     assert grown == {"minion_event": 2, "tag_mismatch": 2, "wrong_type": 1, "nocache": 1}
     # The two that might have been someone's wait for the job cache, in vain.
     wait_until(
