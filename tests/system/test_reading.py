@@ -352,7 +352,7 @@ def test_with_mysql_away_the_journal_answers_within_the_connect_timeout(jobs: Jo
         wait_until(lambda: "ghost" in journalled(site, jid), timeout=PATIENCE, what="the forgery's capture")
         began = time.monotonic()
         done = site.master.cli(*command, jid, f"ext_source={ENGINE}", "missing=True")
-        assert time.monotonic() - began < usual + CONNECT_SECONDS + 2.0
+        assert time.monotonic() - began < usual + CONNECT_SECONDS + 4.0  # on a machine with other work, too
         assert json.loads(done.stdout) == {"alpha": fault, "beta": fault}
         assert (done.returncode, "Traceback" in done.stderr) == (0, False)
         assert "The database does not answer" in done.stderr
