@@ -149,7 +149,9 @@ async def test_whatever_one_event_holds_others_are_not_late_by_it(shipping: Make
             assert psutil.Process().memory_info().rss - before < 150e6
             assert others.decoder_bytes < 250e6
         books = await ship.settled()
-        assert books["written"] + books["dead_letters"] == books["captured"]
+        # One that was cancelled while it was appended is captured twice.
+        assert books["written"] + books["dead_letters"] + books["duplicates"] == books["captured"]
+        assert books["duplicates"] <= 1
 
 
 async def test_a_large_return_is_the_row_that_a_small_one_would_be(database: Scratch, shipping: Make) -> None:
