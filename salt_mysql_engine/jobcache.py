@@ -149,14 +149,23 @@ class JobCache:
         return [answers.get(number) for number in range(total)]
 
     def _confirm_in(self, job: _JobReader, tag: Tag, data: dict[str, Any], patience: float) -> Answer:
-        found: Opened | Ignored | None
+        if tag in job.answered:  # a thousand copies of one event cost as much as one
+            found, size = job.answered[tag]
+            job.bytes_read += size
+        else:
+            before = job.bytes_read
+            found = self._found(job, tag, data, patience)
+            if found is not None:  # that may depend on what the event says
+                job.answered[tag] = found, job.bytes_read - before
+        return found._replace(data={**found.data, **_times(found.job, data)}) if isinstance(found, Opened) else found
+
+    def _found(self, job: _JobReader, tag: Tag, data: dict[str, Any], patience: float) -> Answer:
         try:
             if tag.kind is Kind.JOB_NEW:
-                found = self._published(job, tag, patience)
-            elif tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
-                found = self._begun(job, tag)
-            else:
-                found = self._returned(job, tag, data, patience)
+                return self._published(job, tag, patience)
+            if tag.kind in (Kind.RUNNER_NEW, Kind.WHEEL_NEW):
+                return self._begun(job, tag)
+            return self._returned(job, tag, data, patience)
         except _OverLimit as exc:
             return TooLarge(exc.size)
         except (records.TooManyObjects, MemoryError):  # the decoder's own
@@ -166,7 +175,6 @@ class JobCache:
         except Exception:  # whatever a stranger made the master store, the next event must be looked at
             log.exception("The job cache cannot be compared with an event of jid %s", tag.jid)
             return None
-        return found._replace(data={**found.data, **_times(found.job, data)}) if isinstance(found, Opened) else found
 
     def _published(self, job: _JobReader, tag: Tag, patience: float) -> Opened | None:
         """The publish of a job; none where the load is a return's."""
@@ -177,8 +185,8 @@ class JobCache:
         if minions is None:
             if load.get("tgt") and _is_being_written(job.path, patience):  # they are written a moment after the load
                 return None
-            minions = []
-        return records.opened(f"salt/job/{tag.jid}/new", records.publish_data(tag.jid, load, minions))
+            minions = [], []
+        return records.opened(f"salt/job/{tag.jid}/new", records.publish_data(tag.jid, load, *minions))
 
     def _begun(self, job: _JobReader, tag: Tag) -> Opened | None:
         """The start of a runner or wheel function: what its process says of itself, or its return afterwards."""
@@ -277,7 +285,7 @@ class JobCache:
             load = reader.load
             if load is None or not records.is_publish(load):
                 return None
-            return records.publish_data(jid, load, reader.minions() or [])
+            return records.publish_data(jid, load, *(reader.minions() or ([], [])))
 
     def is_being_written(self, job: Job, minion: str, *, patience: float) -> bool:
         """Whether the master may be about to add to what it stored of a minion's return, or (``""``) of the publish."""
@@ -335,6 +343,8 @@ class _JobReader:
         self.fd = job.fd
         self.max_bytes = max_bytes
         self.bytes_read = 0
+        self.answered: dict[Tag, tuple[Answer, int]] = {}
+        """What it has of events that were asked for, and the bytes that were read for it."""
         self._leaves_out = leaves_out
         self._load: dict[str, Any] | None = None
         self._is_read = False
@@ -356,12 +366,13 @@ class _JobReader:
         self.bytes_read += len(content or b"")
         return _unpacked(content)
 
-    def minions(self) -> list[str] | None:
-        """Whom the job was for, by this master and its syndics.
+    def minions(self) -> tuple[list[str], list[str]] | None:
+        """Whom the job was for, by this master alone, and by its syndics too.
 
         Any minion can add a file of its own (``_handle_minion_event``, salt/master.py 3006-3008). So of the syndics'
         files some megabytes are read, small ones first.
         """
+        own: set[str] = set()
         minions: set[str] = set()
         found = False
         room = _SYNDICS_BYTES
@@ -375,8 +386,8 @@ class _JobReader:
             part = self.read(name)
             if isinstance(part, list):
                 found = True
-                minions.update(each for each in part if isinstance(each, str))
-        return sorted(minions) if found else None
+                (own if name == ".minions.p" else minions).update(each for each in part if isinstance(each, str))
+        return (sorted(own), sorted(own | minions)) if found else None
 
     def returned(self, minion: str) -> dict[str, Any] | None:
         """What the cache has of a minion's return."""

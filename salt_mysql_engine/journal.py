@@ -279,6 +279,12 @@ class Journal(MendedFile):
         return None if row is None else _entry(row)
 
     @mended
+    def is_confirmed(self, seq: int) -> bool:
+        """Whether an event is here, with its bytes as the job cache has them."""
+        row = self._db.execute("SELECT 1 FROM events WHERE seq = ? AND state = ?", (seq, CONFIRMED)).fetchone()
+        return row is not None
+
+    @mended
     def confirm(self, bodies: Mapping[int, bytes]) -> None:
         """Events that need no confirmation any more, with their bytes as the job cache has them."""
         with self._transaction():

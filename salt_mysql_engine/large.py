@@ -173,14 +173,16 @@ class LargeEvents:
         self.file_bytes = FILE_BYTES
         self.fit = Fit(True, True, True, records.MAX_FUN_CHARACTERS, True, _USUAL_PACKET)
         """The tables' and the server's, once they were looked at."""
-        self.on_looked: Callable[[Entry, Answer, bool], Awaitable[None]] | None = None
-        """Is told what the job cache has of one, and whether its time is over."""
+        self.on_looked: Callable[[Entry, Answer, bool, list[int]], Awaitable[None]] | None = None
+        """Is told what the job cache has of one, whether its time is over, and of which others that is true, too."""
         self._journal = journal
         self._in_journal = in_journal
         self._decoder = decoder
         self._on_made = on_made
         self._on_settled = on_settled
         self._unchecked: dict[int, _Waiting] = {}
+        self._line: dict[bytes, list[int]] = {}
+        """The same in the order in which they are looked at, together where they stand for one row."""
         self._confirmed: dict[int, None] = {}
         self._made: collections.deque[Item] = collections.deque()
         self._out: dict[int, int] = {}
@@ -198,9 +200,11 @@ class LargeEvents:
     def __contains__(self, seq: int) -> bool:
         return seq in self._unchecked or seq in self._confirmed or seq in self._out
 
-    def look_for(self, seq: int, patience: float, *, is_over: bool = False) -> None:
-        """One more to confirm."""
-        self._unchecked[seq] = _Waiting(patience, is_over)
+    def look_for(self, entry: Entry, patience: float, *, is_over: bool = False, alone: bool = False) -> None:
+        """One more to confirm, together with others of its tag or ``alone``."""
+        tag = entry.body[: records.MAX_TAG_BYTES].partition(records.SEPARATOR)[0]
+        self._unchecked[entry.seq] = _Waiting(patience, is_over)
+        self._line.setdefault(b"%d %b" % (entry.seq if alone else 0, tag), []).append(entry.seq)
         self._news.set()
 
     def make(self, seq: int) -> None:
@@ -254,25 +258,44 @@ class LargeEvents:
             except DecoderDied:
                 self._confirmed[seq] = self._confirmed.pop(seq)  # behind all others
             return True
-        if self._unchecked:
-            seq, waiting = next(iter(self._unchecked.items()))
+        if self._line:
+            key = next(iter(self._line))
+            seqs = self._line.pop(key)  # who comes now is looked at later: a publish may have grown by then
             try:
-                await self._look(seq, waiting)
-                del self._unchecked[seq]
+                for seq in await self._look(seqs):
+                    self._unchecked.pop(seq, None)
             except DecoderDied:
-                self._unchecked[seq] = self._unchecked.pop(seq)
+                pass
+            finally:
+                if left := [seq for seq in seqs if seq in self._unchecked]:
+                    self._line[key] = left + self._line.get(key, [])
             return True
         return False
 
-    async def _look(self, seq: int, waiting: _Waiting) -> None:
+    async def _look(self, seqs: list[int]) -> list[int]:
+        """Has the first of some looked at, and gives those whose look has ended by that.
+
+        What is confirmed is so for all: the job cache has it once. Any other fate may be that of the event itself,
+        whose bytes are a stranger's; where these are few, it is that of what the job cache has.
+        """
+        seq = seqs[0]
+        waiting = self._unchecked[seq]
         entry = await self._entry(seq)
         if entry is None:
-            return
+            return [seq]
+        alike = [seq] if is_large(entry) else seqs
         body = [entry.body]
         entry = entry._replace(body=entry.body[: records.MAX_TAG_BYTES])  # for its tag
-        answer = await self._ask(entry, "confirm", [seq, entry.captured_at, entry.state, waiting.patience], body)
-        if answer is not None and self.on_looked is not None:
-            await self.on_looked(entry, answer, waiting.is_over)
+        answer = await self._ask(entry, "confirm", [seq, entry.captured_at, entry.state, waiting.patience], body, alike)
+        if answer is None:
+            return alike
+        if answer.said[0] in ("absent", "unknown"):
+            alike = [seq]
+        elif answer.said[0] == "confirmed":
+            alike = seqs
+        if self.on_looked is not None:
+            await self.on_looked(entry, answer, waiting.is_over, alike[1:])
+        return alike
 
     async def _make(self, seq: int, fit: Fit) -> None:
         entry = await self._entry(seq)
@@ -326,8 +349,11 @@ class LargeEvents:
             return None
         return entry
 
-    async def _ask(self, entry: Entry, task: str, arguments: list[Any], body: list[bytes]) -> Answer | None:
-        """What the decoder says, where it is no end of the event."""
+    async def _ask(
+        self, entry: Entry, task: str, arguments: list[Any], body: list[bytes], alike: list[int] | None = None
+    ) -> Answer | None:
+        """What the decoder says, where it is no end of the event, and of those that are ``alike``."""
+        seqs = alike or [entry.seq]
         try:
             answer = await self._decoder.ask(task, arguments, body)
         except DecoderDied as exc:
@@ -336,18 +362,21 @@ class LargeEvents:
             if deaths < _DEATHS:
                 self._deaths[entry.seq] = deaths
                 raise
-            await self.bury(entry.seq, "decoder", f"it ended the decoder {deaths} times: {exc}")
+            await self._bury(seqs, "decoder", f"it ended the decoder {deaths} times: {exc}")
             return None
         self._deaths.pop(entry.seq, None)
         self._said = ""
         if answer.said[0] in ("too_large", "fault"):
-            await self.bury(entry.seq, *map(str, answer.said[:2]))
+            await self._bury(seqs, *map(str, answer.said[:2]))
             return None
         return answer
 
     async def bury(self, seq: int, reason: str, error: str) -> None:
         """Makes a dead letter of one."""
-        await self._settle(Settlement([seq], {}, {seq: (reason, error)}))
+        await self._bury([seq], reason, error)
+
+    async def _bury(self, seqs: list[int], reason: str, error: str) -> None:
+        await self._settle(Settlement(seqs, {}, dict.fromkeys(seqs, (reason, error))))
 
     async def settle(self, seq: int, *, ignored: str) -> None:
         """Counts one as ignored."""

@@ -292,20 +292,22 @@ def is_publish(load: Mapping[str, Any]) -> bool:
     return load.keys() >= {"tgt", "fun"} and "return" not in load
 
 
-def publish_data(jid: str, load: Mapping[str, Any], minions: list[str]) -> dict[str, Any]:
+def publish_data(jid: str, load: Mapping[str, Any], own: list[str], minions: list[str] | None = None) -> dict[str, Any]:
     """The payload of a job's publish, from the load that the master stored of it and whom it was for.
 
     The parts of a batch job (3008) share a jid; the stored load is one part's, and a list target names its minions.
+    ``minions`` are those of syndics, too, which any minion can say that it is: in the target is whom the master itself
+    (``own``) sent the job to.
     """
     tgt = load["tgt"]
     missing: list[str] = []
     if load.get("tgt_type") == "list":
         aimed_at = tgt.split(",") if isinstance(tgt, str) else tgt if _is_texts(tgt) else []
-        there = frozenset(minions)
+        there = frozenset(own)
         missing = [name for name in aimed_at if name not in there]
         if _is_texts(tgt):
             named = frozenset(tgt)
-            tgt = tgt + [name for name in minions if name not in named]
+            tgt = tgt + [name for name in own if name not in named]
     return {
         "jid": jid,
         "tgt_type": load.get("tgt_type", "glob"),
@@ -313,7 +315,7 @@ def publish_data(jid: str, load: Mapping[str, Any], minions: list[str]) -> dict[
         "user": load.get("user", ""),
         "fun": load["fun"],
         "arg": load.get("arg", []),
-        "minions": minions,
+        "minions": own if minions is None else minions,
         "missing": missing,
         **{key: load[key] for key in ("kwargs", "ret") if key in load},
     }

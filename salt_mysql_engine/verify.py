@@ -24,8 +24,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import functools
+import hashlib
 import itertools
 import logging
+import math
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Container, Iterable
@@ -43,10 +45,15 @@ from .waits import Breath, is_set_within
 log = logging.getLogger(__name__)
 
 _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.02, 0.1
+_LOOK_GROWTH = 1.6
+"""So much longer is each pause between two looks: what comes late is found late by as much as half of that again."""
 _LOOK_EVENTS = 1000
 _LOOK_BYTES = 8 * 1024 * 1024
 _AT_A_TIME_SECONDS = 0.01
 _MAX_DEFERRED = 100_000
+_MOST_KEPT = 10_000
+_STAMP_KEY = b"\xa6_stamp"
+"""Behind this is what of a publish comes from its event."""
 _CROWDED_SECONDS = 1.0
 """For so long one waits when so many wait that nothing more is read."""
 _AHEAD_SECONDS = 2.0
@@ -72,12 +79,16 @@ class Checked(NamedTuple):
 
 
 class Deferred(NamedTuple):
-    """An event that the job cache does not hold yet; ``since`` on the monotonic clock."""
+    """An event that the job cache does not hold yet; ``since`` and ``due`` on the monotonic clock."""
 
     seq: int
     jid: str
     minion: str
     since: float
+    looks: int = 0
+    """How often it was looked for since then."""
+    due: float = 0.0
+    """When it is looked for next."""
 
 
 class _Look(NamedTuple):
@@ -92,7 +103,7 @@ class _Look(NamedTuple):
     absent: list[Checked]
     unknown: list[Checked]
     left_over: list[Checked]
-    large: list[tuple[int, int]]
+    large: list[tuple[Entry, int]]
 
 
 class Verifier:
@@ -129,11 +140,14 @@ class Verifier:
         self._looked_for: dict[int, Deferred] = {}
         """Of what was deferred, that which the decoder looks for now."""
         self._deferred: dict[int, Deferred] = {}
-        """In the order in which they are looked for next."""
+        self._by_looks: dict[int, collections.deque[Deferred]] = {}
+        """The same, by how often they were looked for, each in the order in which they are due; some were moved on."""
         self._again: collections.deque[int] = collections.deque()
         """Events that the writer has passed and can have now: confirmed ones, and those that were left over."""
         self._ahead = 0
         """Every event up to this ``seq`` was looked up ahead of the writer."""
+        self._kept: dict[bytes, int] = {}
+        """Of rows, by their tags, the event in the journal that was confirmed last."""
         self._some_wait = asyncio.Event()
         self._reading = asyncio.Lock()
         self._told: collections.deque[tuple[float, str]] = collections.deque(maxlen=_LOG_LINES)
@@ -181,25 +195,40 @@ class Verifier:
             elif entry.state == CONFIRMED or (self._cache is None and entry.state != STUB):
                 self._large.make(entry.seq)
             else:
-                self._large.look_for(entry.seq, self.wait_seconds / 2)
+                self._look_for(entry, self.wait_seconds / 2)
         return small
 
-    async def _end_large(self, entry: Entry, answer: decoder.Answer, is_over: bool) -> None:
-        """What the job cache has of a large event; of that ``entry`` has the tag."""
+    def _look_for(self, entry: Entry, patience: float, *, is_over: bool = False) -> None:
+        self._large.look_for(entry, patience, is_over=is_over, alone=self._row_of(entry.body) is None)
+
+    def _row_of(self, body: bytes) -> bytes | None:
+        """The tag of an event, where all events of this tag make one row: all are made of the job cache's files.
+
+        Not where each has a row of events, too, nor where what is made of it is the event's own word.
+        """
+        tag = body[: records.MAX_TAG_BYTES].partition(records.SEPARATOR)[0]
+        text = tag.decode(errors="replace")
+        is_row = self.enabled and records.parse_tag(text) is not None and not self.selection.wants_event(text)
+        return tag if is_row else None
+
+    async def _end_large(self, entry: Entry, answer: decoder.Answer, is_over: bool, others: list[int]) -> None:
+        """What the job cache has of a large event; of that ``entry`` has the tag. The same is true of ``others``."""
         async with self._reading:
             seq, (said, *more) = entry.seq, answer.said
             deferred = self._looked_for.pop(seq, None)
+            for other in others:
+                self._looked_for.pop(other, None)
             if said in ("absent", "unknown"):
                 await self._end_large_wait(entry, deferred, is_unknown=said == "unknown", is_over=is_over)
             elif said == "confirmed":
                 self.corrected += more[0]
-                await self._settle({seq: answer.body}, {}, {})
-                if seq <= self._journal.taken_through:
+                again = await self._settle({seq: answer.body}, {}, {}, again=others)
+                if seq not in again and seq <= self._journal.taken_through:
                     self._large.make(seq)
             elif said == "ignored":
-                await self._settle({}, {seq: more[0]}, {})
+                await self._settle({}, dict.fromkeys([seq, *others], more[0]), {})
             else:
-                await self._settle({}, {}, {seq: (more[0], more[1])})
+                await self._settle({}, {}, dict.fromkeys([seq, *others], (more[0], more[1])))
         self._on_confirmed(0, 0)
 
     async def _end_large_wait(
@@ -211,11 +240,11 @@ class Verifier:
             assert event.job is not None
             deferred = self._deferred_of(entry.seq, event.job, now)
         if is_unknown:
-            deferred = deferred._replace(since=now)
+            deferred = deferred._replace(since=now, looks=0)
         elif is_over and not self.enabled and entry.state != STUB:  # what Salt has trimmed is stored as it is
             self._large.make(entry.seq)
             return
-        self._deferred[entry.seq] = deferred
+        self._put_off(deferred)
         self._some_wait.set()
         if is_over and not is_unknown:
             await self._end_some(_Look([], [Checked(entry, event)], [], [], []), {entry.seq})
@@ -235,21 +264,27 @@ class Verifier:
         loop = asyncio.get_running_loop()
         ahead_at = loop.time() + _AHEAD_SECONDS
         while True:
+            more = False
             try:
                 if self._deferred:
-                    await self._look_again()
+                    more = await self._look_again()
                 if loop.time() >= ahead_at:
-                    more = self._cache is not None and self._journal.pending > 0 and await self._look_ahead()
-                    ahead_at = loop.time() + (_LOOK_SECONDS if more else _AHEAD_SECONDS)
+                    is_behind = self._cache is not None and self._journal.pending > 0 and await self._look_ahead()
+                    ahead_at = loop.time() + (_LOOK_SECONDS if is_behind else _AHEAD_SECONDS)
             except sqlite3.Error as exc:
                 log.debug("The journal cannot be used now: %s", exc)  # capture and writer say it
                 await asyncio.sleep(_AHEAD_SECONDS)
             if self._deferred:
-                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.sleep(_FIRST_LOOK_SECONDS if more else self._pause())
             else:
                 self._some_wait.clear()
                 if await is_set_within(self._some_wait, max(_LOOK_SECONDS, ahead_at - loop.time())):
                     await asyncio.sleep(_FIRST_LOOK_SECONDS)
+
+    def _pause(self) -> float:
+        """Until the next of those that wait is due."""
+        due = min((line[0].due for line in self._by_looks.values() if line), default=0.0)
+        return min(max(due - time.monotonic(), _FIRST_LOOK_SECONDS), _LOOK_SECONDS)
 
     async def look_at(self, entries: Iterable[Entry], patience: float | None = None) -> _Look:
         """Which entries go on, and as what. An entry goes on as it is where nobody had to look into it.
@@ -282,7 +317,7 @@ class Verifier:
                 may_go_on = not self.enabled and each.entry.state != STUB
                 look.going_on.append(each if may_go_on else each._replace(event=answer))
             elif isinstance(answer, TooLarge):
-                look.large.append((each.entry.seq, answer.size))
+                look.large.append((each.entry, answer.size))
             elif isinstance(answer, Unreadable):
                 look.unknown.append(each)
             elif isinstance(answer, NotAsked):
@@ -392,9 +427,9 @@ class Verifier:
         for each in (*look.absent, *look.unknown):
             job = each.event.job if isinstance(each.event, Opened) else None
             assert job is not None
-            self._deferred[each.entry.seq] = self._deferred_of(each.entry.seq, job, now)
-        for seq, _ in look.large:
-            self._large.look_for(seq, self.wait_seconds / 2)
+            self._put_off(self._deferred_of(each.entry.seq, job, now))
+        for entry, _ in look.large:
+            self._look_for(entry, self.wait_seconds / 2)
         if look.absent or look.unknown:
             self._some_wait.set()
 
@@ -402,17 +437,43 @@ class Verifier:
         minion = self.selection.master_id if job.kind in records.MASTER_RETURNS else job.minion
         return Deferred(seq, job.jid, minion, since)
 
-    async def _look_again(self) -> None:
-        """Looks for the next of those that wait; each comes round several times before its time is over."""
+    def _put_off(self, deferred: Deferred) -> None:
+        """Looked for after a pause that grows from look to look, and once more when its time is over."""
+        now = time.monotonic()
+        pause = _LOOK_SECONDS * _LOOK_GROWTH ** min(deferred.looks - 1, 50) if deferred.looks else _FIRST_LOOK_SECONDS
+        over = deferred.since + self.wait_seconds
+        due = min(now + pause, over) if over > now else now + _LOOK_SECONDS
+        put_off = deferred._replace(looks=deferred.looks + 1, due=due)
+        self._deferred[deferred.seq] = put_off
+        self._by_looks.setdefault(put_off.looks, collections.deque()).append(put_off)
+
+    def _next_due(self, now: float) -> list[Deferred]:
+        """Some of those that are to be looked for now, half of them from the oldest on, and half from the youngest: a
+        flood of what never comes holds up nothing that comes a moment late."""
+        some: list[Deferred] = []
+        ages = sorted(self._by_looks)
+        for order, most in ((reversed(ages), _LOOK_EVENTS // 2), (iter(ages), _LOOK_EVENTS)):
+            for looks in order:
+                line = self._by_looks[looks]
+                while line and len(some) < most and (line[0].due <= now or self._deferred.get(line[0].seq) != line[0]):
+                    each = line.popleft()
+                    if self._deferred.get(each.seq) == each:
+                        some.append(each)
+        for looks in [looks for looks, line in self._by_looks.items() if not line]:
+            del self._by_looks[looks]
+        return some
+
+    async def _look_again(self) -> bool:
+        """Looks for those that are due, each several times before its time is over; whether there may be more."""
         async with self._reading:
-            some = list(itertools.islice(self._deferred.values(), _LOOK_EVENTS))
             now = time.monotonic()
             is_crowded = len(self._deferred) >= _MAX_DEFERRED
+            some = self._next_due(math.inf if is_crowded else now)
             wait = min(self.wait_seconds, _CROWDED_SECONDS) if is_crowded else self.wait_seconds
             over = {each.seq for each in some if now - each.since >= wait}
             there = await self._present(some)
-            for each in some:  # the next look begins behind these
-                self._deferred[each.seq] = self._deferred.pop(each.seq)
+            for each in some:
+                self._put_off(each)
             due = [each.seq for each in some if each.seq in there or each.seq in over]
             while due:
                 entries, looked = await self._in_journal(self._journal.read_these, due, _LOOK_BYTES)
@@ -424,15 +485,16 @@ class Verifier:
                 for entry in entries:
                     is_young = now - self._deferred[entry.seq].since < self.wait_seconds / 2
                     if is_large(entry):
-                        self._to_decoder(entry.seq, is_young=is_young, is_over=entry.seq in over)
+                        self._to_decoder(entry, is_young=is_young, is_over=entry.seq in over)
                     else:
                         (young if is_young else old).append(entry)
                 await self._end_some(await self.look_at(young), over)
                 await self._end_some(await self.look_at(old, 0.0), over)
+            return len(some) >= _LOOK_EVENTS // 2
 
-    def _to_decoder(self, seq: int, *, is_young: bool, is_over: bool) -> None:
-        self._looked_for[seq] = self._deferred.pop(seq)
-        self._large.look_for(seq, self.wait_seconds / 2 if is_young else 0.0, is_over=is_over)
+    def _to_decoder(self, entry: Entry, *, is_young: bool, is_over: bool) -> None:
+        self._looked_for[entry.seq] = self._deferred.pop(entry.seq)
+        self._look_for(entry, self.wait_seconds / 2 if is_young else 0.0, is_over=is_over)
 
     async def _end_some(self, look: _Look, over: set[int]) -> None:
         """Ends the wait of those that the cache holds, and of those whose time is ``over``."""
@@ -448,26 +510,61 @@ class Verifier:
             else:  # what Salt has trimmed is stored as it is
                 confirmed[seq] = each.entry.body
         now = time.monotonic()
-        for seq, _ in look.large:
-            is_young = now - self._deferred[seq].since < self.wait_seconds / 2
-            self._to_decoder(seq, is_young=is_young, is_over=seq in over)
+        for entry, _ in look.large:
+            is_young = now - self._deferred[entry.seq].since < self.wait_seconds / 2
+            self._to_decoder(entry, is_young=is_young, is_over=entry.seq in over)
         for each in look.unknown:  # their time begins when the cache can be read
-            self._deferred[each.entry.seq] = self._deferred[each.entry.seq]._replace(since=now)
-        await self._settle(confirmed, ignored, dead)
+            self._put_off(self._deferred[each.entry.seq]._replace(since=now, looks=0))
+        again = await self._settle(confirmed, ignored, dead)
         for seq in (*confirmed, *ignored, *dead):
             self._deferred.pop(seq, None)
-        self._again.extend(seq for seq in confirmed if seq <= self._journal.taken_through)
+        taken = self._journal.taken_through
+        self._again.extend(seq for seq in confirmed if seq <= taken and seq not in again)
         if confirmed or ignored or dead:
             self._on_confirmed(len(confirmed), sum(map(len, confirmed.values())))
 
     async def _settle(
-        self, confirmed: dict[int, bytes], ignored: dict[int, str], dead: dict[int, tuple[str, str]]
-    ) -> None:
-        if confirmed:
-            await self._in_journal(self._journal.confirm, confirmed)
-        if ignored or dead:
-            fates = collections.Counter(f"ignored.{reason}" for reason in ignored.values())
-            await self._in_journal(self._journal.settle, Settlement([*ignored, *dead], fates, dead))
+        self,
+        confirmed: dict[int, bytes],
+        ignored: dict[int, str],
+        dead: dict[int, tuple[str, str]],
+        *,
+        again: Iterable[int] = (),
+        taken: int = 0,
+    ) -> set[int]:
+        """Puts down what was found out, and gives those that say ``again`` what the journal holds confirmed already.
+
+        Otherwise a stranger could fill it, with some hundred bytes for each copy of the largest of its returns. Up to
+        ``taken`` events are the writer's, and are only confirmed.
+        """
+        duplicates = {*again, *await self._in_journal(self._said_again, confirmed, taken)}
+        fates = collections.Counter(f"ignored.{reason}" for reason in ignored.values())
+        if duplicates:
+            fates["duplicates"] = len(duplicates)
+        kept = {seq: body for seq, body in confirmed.items() if seq not in duplicates}
+        if kept:
+            await self._in_journal(self._journal.confirm, kept)
+        if ignored or dead or duplicates:
+            await self._in_journal(self._journal.settle, Settlement([*ignored, *dead, *duplicates], fates, dead))
+        return duplicates
+
+    def _said_again(self, confirmed: dict[int, bytes], taken: int) -> list[int]:
+        again: list[int] = []
+        for seq, body in confirmed.items():
+            key = self._row_of(body)
+            if key is None:
+                continue
+            if key.endswith(b"/new"):  # the parts of a batch have one tag
+                key += hashlib.sha256(body.rpartition(_STAMP_KEY)[0]).digest()
+            other = self._kept.pop(key, seq)
+            if other != seq and seq > taken and self._journal.is_confirmed(other):
+                again.append(seq)
+            else:
+                other = seq
+            self._kept[key] = other
+            if len(self._kept) > _MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
+        return again
 
     async def _present(self, some: list[Deferred]) -> set[int]:
         if self._cache is None:
@@ -504,6 +601,7 @@ class Verifier:
                 confirmed,
                 {seq: why for seq, why in ignored.items() if seq > taken},
                 {seq: why for seq, why in dead.items() if seq > taken},
+                taken=taken,
             )
             for each in (look.absent, look.unknown):
                 each[:] = [checked for checked in each if checked.entry.seq > taken]

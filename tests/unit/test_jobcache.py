@@ -475,6 +475,14 @@ def test_the_minions_of_syndics_are_of_the_job_too(cache: Cache) -> None:
     assert cache.confirm(NEW, new_data(minions=[]))["minions"] == ["db1", "db2", "web1"]
 
 
+def test_the_minions_that_a_stranger_adds_to_a_job_are_neither_its_target_nor_not_missing(cache: Cache) -> None:
+    """Any accepted minion can add them, under its own id."""
+    folder = cache.job(JID, load_of(tgt=["web1", "db1"], tgt_type="list"), ["web1"])
+    (folder / ".minions.mallory.p").write_bytes(values.packed(["db1", "evil"]))
+    said = cache.confirm(NEW, new_data())
+    assert (said["tgt"], said["missing"], said["minions"]) == (["web1", "db1"], ["db1"], ["db1", "evil", "web1"])
+
+
 def test_a_publish_waits_for_its_minions_which_are_written_a_moment_later(cache: Cache) -> None:
     cache.job(JID, load_of())
     assert cache.confirm(NEW, new_data()) is None
