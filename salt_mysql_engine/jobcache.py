@@ -193,7 +193,7 @@ class JobCache:
         kind = "run" if tag.kind is Kind.RUNNER_NEW else "wheel"
         said = _read(f"{self._proc}/{tag.jid}", max_bytes=job.max_bytes)
         if said is None and (cached := job.returned(self._master_id)) is not None:
-            said = cached["return"]
+            said = None if _is_published(job) else cached["return"]
         if records.master_return_kind(said, tag.jid) != kind:
             return None
         data = {key: said[key] for key in ("fun", "jid", "user", "fun_args") if key in said}
@@ -213,7 +213,7 @@ class JobCache:
         if cached is None:
             return Ignored.NOCACHE if _asked_not_to_be_kept(job) else None
         kind = records.master_return_kind(cached["return"], tag.jid) if minion == self._master_id else None
-        if kind is not None:
+        if kind is not None and not _is_published(job):
             return records.opened(f"salt/{kind}/{tag.jid}/ret", dict(cached["return"]))
         if tag.kind is not Kind.JOB_RETURN or job.load is None:
             return None
@@ -431,6 +431,14 @@ def _size_of(entry: os.DirEntry[str]) -> int:
 
 def _names_minions(entry: os.DirEntry[str]) -> bool:
     return entry.name.startswith(".minions.") and entry.name.endswith("p")
+
+
+def _is_published(job: _JobReader) -> bool:
+    """Whether a job was published: what stands there of the master's id is then the return of a minion of that id."""
+    try:
+        return job.load is not None and records.is_publish(job.load)
+    except _OverLimit:  # it is a return of the master's own, which the master stores as the load, too
+        return False
 
 
 def _asked_not_to_be_kept(job: _OpenJob | _JobReader) -> bool:

@@ -377,6 +377,23 @@ async def test_a_function_that_is_skipped_is_skipped_whatever_an_event_calls_it(
     assert "salt_returns" not in [name for (name,) in database.sql("SHOW TABLES")]
 
 
+async def test_what_a_minion_with_the_masters_id_returns_to_a_published_job_is_no_runners(
+    database: Scratch, cache: Cache, verifying: Make
+) -> None:
+    like_a_runner = master_data(jid(1), "runner.forged", "SECRET")
+    cache.accept(published(jid(1), [MASTER], fun="pillar.items"))
+    cache.accept(returned(jid(1), MASTER, like_a_runner, fun="pillar.items"))
+    cache.accept(published(jid(2), [MASTER]), returned(jid(2), MASTER, like_a_runner | {"jid": jid(2)}))
+    forged = [
+        body(f"salt/run/{jid(n)}/{what}", like_a_runner | {"jid": jid(n)}) for n in (1, 2) for what in ("ret", "new")
+    ]
+    async with verifying(skip_functions=["pillar.*"], verify_wait_seconds=0.5) as ship:
+        await ship.take(returned(jid(1), MASTER), *forged, returned(jid(2), MASTER))
+        books = await ship.settled()
+        assert (books["written"], books["ignored"]["skipped_function"], books["dead_letters"]) == (1, 1, 2), books
+    assert (database.row("salt_returns")["jid"], database.row("salt_returns")["fun"]) == (jid(2), "test.ping")
+
+
 async def test_a_return_whose_load_is_not_in_the_cache_is_no_row(
     database: Scratch, cache: Cache, verifying: Make
 ) -> None:

@@ -548,9 +548,11 @@ def test_the_start_of_a_masters_job_is_told_by_its_process_and_then_by_its_retur
     tag, forged = f"salt/{kind}/{JID}/new", master_data("runner.x", user="forged", fun_args=["forged"], x=1)
     assert cache.confirm(tag, forged) is None
     assert cache.reader.present([(JID, "")]) == [False]
-    cache.job(JID, load_of(), ["web1"])
-    cache.returned(JID, "web1", True)
-    assert cache.confirm(tag, forged) is None, "somebody's job is nobody's runner"
+    cache.job(OTHER, load_of(), ["web1", MASTER])
+    cache.returned(OTHER, "web1", True)
+    cache.returned(OTHER, MASTER, {**genuine, "jid": OTHER, "return": 1})
+    somebodys = f"salt/{kind}/{OTHER}/new", {**forged, "jid": OTHER}
+    assert cache.confirm(*somebodys) is None, "somebody's job is nobody's runner, whatever its minions return"
     (cache.cachedir / "proc").mkdir()
     (cache.cachedir / "proc" / JID).write_bytes(values.packed({**genuine, "pid": 4711}))
     assert cache.confirm(tag, forged) == {**genuine, "_stamp": STAMP}
