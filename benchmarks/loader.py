@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import msgpack
 
 from benchmarks import payloads
-from salt_mysql_engine import jsontext, records, settings
-from salt_mysql_engine.records import Opened, Record, Selection, open_event
+from salt_mysql_engine import jobload, jsontext, records, settings
+from salt_mysql_engine.records import Record, Selection
+from salt_mysql_engine.saltevent import Opened, open_event
 from tests.support.mariadb import MariaDB
 
 DAYS = 60
@@ -161,7 +162,7 @@ def _loads(jobs: list[_Job], selection: Selection) -> Iterator[str]:
         }
         record = _interpreted(f"salt/job/{job.jid}/new", data, selection)
         assert record.load is not None
-        yield _line(job.jid, jsontext.dumps(record.load.load), *map(str, records.job_columns(record.load.load)))
+        yield _line(job.jid, jsontext.dumps(record.load.load), *map(str, jobload.job_columns(record.load.load)))
 
 
 def _returns(jobs: list[_Job], selection: Selection, dice: random.Random) -> Iterator[str]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from . import records, settings
+from . import jobload, saltevent, settings
 from .errors import EngineError, ServerUnavailable
 from .pending import Pending, warn
 from .reader import Reader, as_cached, as_listed, load_as_cached, parsed
@@ -42,7 +42,7 @@ class Answers:
         pending = self._pending.job(jid)
         answers = {} if pending.whole else self._ask(lambda db: db.returns(jid)) or {}
         for minion, ret in pending.returns.items():
-            if minion not in answers or (not ret.trimmed and records.is_trimmed(answers[minion]["return"])):
+            if minion not in answers or (not ret.trimmed and saltevent.is_trimmed(answers[minion]["return"])):
                 answers[minion] = as_cached(ret.full_ret_json)
         return answers
 
@@ -126,4 +126,4 @@ class Answers:
 
 def _is_whole(load: Mapping[str, Any]) -> bool:
     """Whether a publish in the journal is all of its job's. The parts of a batch (3008) are lists, and add up."""
-    return bool(load.get("Minions")) and records.is_published(load) and load.get("tgt_type") != "list"
+    return bool(load.get("Minions")) and jobload.is_published(load) and load.get("tgt_type") != "list"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from . import records, sql
+from . import jobload, sql
 from .database import Session
 from .schema import Shape
 from .sql import quote
@@ -63,7 +63,7 @@ async def _fill_jobs(session: Session, limit: int) -> int:
         values = " UNION ALL ".join(
             "SELECT "
             + ", ".join(f"{quote(text)} AS `{name}`" for name, text in zip(("jid", *_COLUMNS), row, strict=True))
-            for row in ((jid, *records.job_columns(_parsed(load))) for jid, load in sorted(rows))
+            for row in ((jid, *jobload.job_columns(_parsed(load))) for jid, load in sorted(rows))
         )
         changes = ", ".join(f"`jids`.`{column}` = `says`.`{column}`" for column in _COLUMNS)
         await session.execute(

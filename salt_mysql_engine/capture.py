@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from . import records
+from . import records, saltevent
 from .journal import Journal
 from .journalfile import STUB, NewEvent
 
@@ -90,7 +90,7 @@ class Capture:
         if not self._held:
             self._waited = waited
         for body in bodies:
-            plain = records.PLAIN_RETURN.match(body)
+            plain = saltevent.PLAIN_RETURN.match(body)
             if plain is not None and not self.handed_off:  # nearly all are
                 event = NewEvent(now, plain[1].decode(), plain[2].decode(), body)
             else:
@@ -100,7 +100,7 @@ class Capture:
                 event = chosen
             if len(body) > self.max_event_bytes:
                 # Unopened, and of nobody: whose it is, only its tag says.
-                event = NewEvent(now, "", "", records.cut(event.body, now), STUB)
+                event = NewEvent(now, "", "", saltevent.cut(event.body, now), STUB)
             if self._bytes >= MEMORY_BYTES:
                 if not self.dropped:
                     log.error("Memory for events is full and the journal is not taking any; dropping and counting")
@@ -115,25 +115,25 @@ class Capture:
 
     def _chosen(self, body: bytes, now: float) -> NewEvent | None:
         """What to journal of an event that is not plainly a minion's return."""
-        end = body.find(records.SEPARATOR, 0, records.MAX_TAG_BYTES)
+        end = body.find(saltevent.SEPARATOR, 0, saltevent.MAX_TAG_BYTES)
         try:
             tag = body[:end].decode() if end > 0 else ""
         except UnicodeDecodeError:
             return None
-        job = records.parse_tag(tag)
+        job = saltevent.parse_tag(tag)
         if job is not None and self.selection.wants_job(job) and not self.handed_off:
             return NewEvent(now, job.jid, job.minion or self._master_of(job), body)
-        if not self.selection.wants_event(tag) or tag.startswith(records.PRIVATE):
+        if not self.selection.wants_event(tag) or tag.startswith(saltevent.PRIVATE):
             return None
         if job is None:
             return NewEvent(now, "", "", body)
         if self.handed_off:
-            return NewEvent(now, "", "", records.chosen_event(body))
+            return NewEvent(now, "", "", saltevent.chosen_event(body))
         return NewEvent(now, job.jid, job.minion or self._master_of(job), body)
 
-    def _master_of(self, job: records.Tag) -> str:
+    def _master_of(self, job: saltevent.Tag) -> str:
         """Whose return a runner's or wheel's is, as the job cache has it."""
-        return self.selection.master_id if job.kind in records.MASTER_RETURNS else ""
+        return self.selection.master_id if job.kind in saltevent.MASTER_RETURNS else ""
 
     async def run(self) -> None:
         """Journals groups until cancelled. To lose nothing, :meth:`drain` once before cancelling."""

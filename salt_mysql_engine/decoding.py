@@ -20,7 +20,7 @@ from typing import Any
 
 import msgpack
 
-from . import decoder, records, settings
+from . import decoder, records, saltevent, settings
 from .items import Fit
 from .jobcache import JobCache
 from .journal import Entry
@@ -131,7 +131,7 @@ class Desk:
             if setup != self._setup:
                 self._set_up(setup)
             return self._tasks[task](body, *arguments), False
-        except records.TooManyObjects:
+        except saltevent.TooManyObjects:
             return (["too_large", f"more than {setup['max_objects']:,} objects (max_event_objects)"], b""), False
         except MemoryError:
             return (["too_large", _TOO_MUCH], b""), True
@@ -142,7 +142,7 @@ class Desk:
         self._selection = Selection(
             settings.combine(setup["settings"], {}), master_id=setup["master"], peers=setup["peers"]
         )
-        records.limit_objects(setup["max_objects"])
+        saltevent.limit_objects(setup["max_objects"])
         cache = JobCache(setup["cache"]) if setup["cache"] else None
         nobody: Any = None  # there is no journal here
         large = LargeEvents(nobody, _at_once, nobody, on_made=lambda _, __: None)
@@ -176,12 +176,12 @@ class Desk:
 
     def _make(self, body: list[bytes], captured_at: float, event_key: bytes, fit: list[Any], most: int) -> Said:
         """The rows of an event that needs no confirmation, ``most`` bytes of them, for tables that ``fit``."""
-        event = records.open_event(bytes(body.pop()))
-        if isinstance(event, records.Ignored):
+        event = saltevent.open_event(bytes(body.pop()))
+        if isinstance(event, saltevent.Ignored):
             return ["ignored", event.value], b""
         record = records.interpret(event, captured_at, self._selection)
         del event
-        if isinstance(record, records.Ignored):
+        if isinstance(record, saltevent.Ignored):
             return ["ignored", record.value], b""
         load, ret, stored = record
         del record

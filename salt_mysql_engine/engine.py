@@ -27,7 +27,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from . import __version__, folders, records, settings, spool
+from . import __version__, folders, saltevent, settings, spool
 from .batcher import Limits
 from .bus import BusReader
 from .capture import Capture
@@ -505,7 +505,7 @@ class Engine:
         page: list[dict[str, Any]] = []
         for letter in letters:
             # One by one: for the ends of a large one the database reads all of it, and others want the journal, too.
-            tag, fun = records.told(*await self._in_journal(self._journal.ends_of_dead_letter, letter.seq))
+            tag, fun = saltevent.told(*await self._in_journal(self._journal.ends_of_dead_letter, letter.seq))
             page.append(
                 {
                     "seq": letter.seq,

@@ -96,7 +96,7 @@ def _value(of: str, column: str) -> str:
 
 
 def _published(table: str) -> str:
-    """:func:`records.is_published`, near enough to choose between two loads of one jid."""
+    """:func:`jobload.is_published`, near enough to choose between two loads of one jid."""
     return f'({table}.`load` LIKE \'%"Minions": %\' OR {table}.`load` LIKE \'%"cmd": "publish"%\')'
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from . import jsontext, moments, records, search
+from . import jobload, jsontext, moments, records, search
 from .errors import DatabaseError, EngineError
 from .pending import Pending, PendingJob
 from .reader import OF_MASTER, Reader, load_as_cached, parsed
@@ -82,7 +82,7 @@ def jobs(
 
 
 def _line(jid: str, load: dict[str, Any], answered: int, failed: int) -> dict[str, Any]:
-    fun, user, target = records.job_columns(load)
+    fun, user, target = jobload.job_columns(load)
     targeted = len(_minions(load_as_cached(load))) or None
     return {
         "started": _started(jid),
@@ -173,7 +173,7 @@ def _job(jid: str, pending: PendingJob, stored: _Stored) -> dict[str, Any]:
     load = pending.load_over(stored.load)
     if not load and not answers:
         return {}
-    fun, user, target = records.job_columns(load)
+    fun, user, target = jobload.job_columns(load)
     minions = _minions(load_as_cached(load))
     missing = sorted(set(minions) - answers.keys())
     bad = sorted(minion for minion, answer in answers.items() if answer.failed)
@@ -323,7 +323,7 @@ def _number(retcode: str | None) -> Any:
 
 def _jid(name: str, value: Any) -> str:
     jid = str(value)
-    if not records.is_jid(jid):
+    if not moments.is_jid(jid):
         raise EngineError(f"{name}: {_said(value)} must be a jid: 20 digits, as in 20261123140005250000")
     return jid
 

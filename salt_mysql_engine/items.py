@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import records, sql
-from .records import Event, Ignored, Load, Opened, Record, Return, Selection
+from . import records, saltevent, sql
+from .records import Event, Load, Record, Return, Selection
+from .saltevent import Ignored, Opened
 from .stencil import Stencils
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Plain(NamedTuple):
 
     def whole(self, captured_at: float) -> Return:
         """All of it, as its row has it, whatever the settings are by now."""
-        event = records.open_event(self.body)
+        event = saltevent.open_event(self.body)
         record = records.interpret(event, captured_at, self.selection) if isinstance(event, Opened) else None
         if not isinstance(record, Record) or record.ret is None:
             raise ValueError(
@@ -105,7 +106,7 @@ class Maker:
             if cut is not None:
                 key, row = cut
                 return Item(seq, captured_at, Plain(key, body, self.selection), row, b"", len(row))
-            return self._made(seq, captured_at, body, event or records.open_event(body))
+            return self._made(seq, captured_at, body, event or saltevent.open_event(body))
         except Exception as exc:
             log.exception("An event cannot be made a row, and goes to the dead letters")
             return Item(seq, captured_at, None, error=f"{type(exc).__name__}: {exc}")

@@ -30,8 +30,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import records
-from .records import Ignored, Kind, Opened, Tag
+from . import jobload, moments, saltevent
+from .saltevent import Ignored, Kind, Opened, Tag
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class JobCache:
         total = 0
         for number, event in enumerate(events):
             total += 1
-            if event.job is not None and records.is_jid(event.job.jid):
+            if event.job is not None and moments.is_jid(event.job.jid):
                 by_job[event.job.jid].append((number, event.job, event.data))
         for jid, of_job in by_job.items():
             if read >= _CALL_BYTES:
@@ -168,7 +168,7 @@ class JobCache:
             return self._returned(job, tag, data, patience)
         except _OverLimit as exc:
             return TooLarge(exc.size)
-        except (records.TooManyObjects, MemoryError):  # the decoder's own
+        except (saltevent.TooManyObjects, MemoryError):  # the decoder's own
             raise
         except OSError as exc:
             return Unreadable(f"the job cache cannot be read: {exc}")
@@ -179,14 +179,14 @@ class JobCache:
     def _published(self, job: _JobReader, tag: Tag, patience: float) -> Opened | None:
         """The publish of a job; none where the load is a return's."""
         load = job.load
-        if load is None or not records.is_publish(load):
+        if load is None or not jobload.is_publish(load):
             return None
         minions = job.minions()
         if minions is None:
             if load.get("tgt") and _is_being_written(job.path, patience):  # they are written a moment after the load
                 return None
             minions = [], []
-        return records.opened(f"salt/job/{tag.jid}/new", records.publish_data(tag.jid, load, *minions))
+        return saltevent.opened(f"salt/job/{tag.jid}/new", jobload.publish_data(tag.jid, load, *minions))
 
     def _begun(self, job: _JobReader, tag: Tag) -> Opened | None:
         """The start of a runner or wheel function: what its process says of itself, or its return afterwards."""
@@ -194,10 +194,10 @@ class JobCache:
         said = _read(f"{self._proc}/{tag.jid}", max_bytes=job.max_bytes)
         if said is None and (cached := job.returned(self._master_id)) is not None:
             said = None if _is_published(job) else cached["return"]
-        if records.master_return_kind(said, tag.jid) != kind:
+        if saltevent.master_return_kind(said, tag.jid) != kind:
             return None
         data = {key: said[key] for key in ("fun", "jid", "user", "fun_args") if key in said}
-        return records.opened(f"salt/{kind}/{tag.jid}/new", data)
+        return saltevent.opened(f"salt/{kind}/{tag.jid}/new", data)
 
     def _returned(self, job: _JobReader, tag: Tag, data: Mapping[str, Any], patience: float) -> Opened | Ignored | None:
         minion = tag.minion if tag.kind is Kind.JOB_RETURN else self._master_id
@@ -206,15 +206,15 @@ class JobCache:
             cached = job.returned(minion)
         except _OverLimit as exc:
             cached, too_large = None, exc
-        if cached is None and tag.kind in records.MASTER_RETURNS:
+        if cached is None and tag.kind in saltevent.MASTER_RETURNS:
             cached = job.outline(minion)
         if cached is None and too_large is not None:
             raise too_large
         if cached is None:
             return Ignored.NOCACHE if _asked_not_to_be_kept(job) else None
-        kind = records.master_return_kind(cached["return"], tag.jid) if minion == self._master_id else None
+        kind = saltevent.master_return_kind(cached["return"], tag.jid) if minion == self._master_id else None
         if kind is not None and not _is_published(job):
-            return records.opened(f"salt/{kind}/{tag.jid}/ret", dict(cached["return"]))
+            return saltevent.opened(f"salt/{kind}/{tag.jid}/ret", dict(cached["return"]))
         if tag.kind is not Kind.JOB_RETURN or job.load is None:
             return None
         out = job.read(f"{minion}/out.p")
@@ -222,8 +222,8 @@ class JobCache:
             cached["out"] = out
         elif _may_have_outputter(data, cached) and _is_being_written(f"{job.path}/{minion}", patience):
             return None
-        return records.opened(
-            f"salt/job/{tag.jid}/ret/{minion}", records.return_data(tag.jid, minion, cached, job.load)
+        return saltevent.opened(
+            f"salt/job/{tag.jid}/ret/{minion}", jobload.return_data(tag.jid, minion, cached, job.load)
         )
 
     def present(self, keys: Iterable[tuple[str, str]]) -> list[bool]:
@@ -232,7 +232,7 @@ class JobCache:
         return [self._is_present(jid, minion) for jid, minion in keys]
 
     def _is_present(self, jid: str, minion: str) -> bool:
-        if not records.is_jid(jid) or not _is_name(minion or "-"):
+        if not moments.is_jid(jid) or not _is_name(minion or "-"):
             return False
         names = [f"{self._folder(jid)}/{minion}/return.p"]
         if not minion:
@@ -264,15 +264,15 @@ class JobCache:
             names = [entry.name for entry in _entries(path)]
             load = _JobReader(opened, MAX_FILE_BYTES).load
             jid = _text_of("jid", opened.fd)
-            if not records.is_jid(jid) and load:
+            if not moments.is_jid(jid) and load:
                 # Salt truncates the file and writes it anew at every return: a master that died then left it empty.
                 jid = str(load.get("jid"))
-            if not records.is_jid(jid) or self._folder(jid) != path or _asked_not_to_be_kept(opened):
+            if not moments.is_jid(jid) or self._folder(jid) != path or _asked_not_to_be_kept(opened):
                 return None
             returned = [name for name in names if _is_id(name) and name not in ("jid", "endtime")]
             if load is None:
                 return Job(jid, None, False, False, returned)
-            return Job(jid, load.get("fun", ""), records.is_publish(load), bool(load.get("tgt")), returned)
+            return Job(jid, load.get("fun", ""), jobload.is_publish(load), bool(load.get("tgt")), returned)
 
     def publish(self, jid: str) -> dict[str, Any] | None:
         """The payload of a job's publish; ``None`` where the load is no publish's.
@@ -283,9 +283,9 @@ class JobCache:
         with _open_job(self._folder(jid)) as opened:
             reader = _JobReader(opened, MAX_FILE_BYTES)
             load = reader.load
-            if load is None or not records.is_publish(load):
+            if load is None or not jobload.is_publish(load):
                 return None
-            return records.publish_data(jid, load, *(reader.minions() or ([], [])))
+            return jobload.publish_data(jid, load, *(reader.minions() or ([], [])))
 
     def is_being_written(self, job: Job, minion: str, *, patience: float) -> bool:
         """Whether the master may be about to add to what it stored of a minion's return, or (``""``) of the publish."""
@@ -354,7 +354,7 @@ class _JobReader:
         """The job's load without what authenticated it."""
         if not self._is_read:
             load = self.read(".load.p")
-            self._load = records.without_secrets(load) if isinstance(load, dict) else None
+            self._load = jobload.without_secrets(load) if isinstance(load, dict) else None
             self._is_read = True
         return self._load
 
@@ -408,7 +408,7 @@ class _JobReader:
         try:
             fd = os.open(f"{minion}/return.p", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.fd)
             with os.fdopen(fd, "rb") as file:
-                said = records.outline_of_master_return(file, self._leaves_out)
+                said = saltevent.outline_of_master_return(file, self._leaves_out)
         except OSError as exc:
             if exc.errno not in _NO_FILE:
                 raise
@@ -436,7 +436,7 @@ def _names_minions(entry: os.DirEntry[str]) -> bool:
 def _is_published(job: _JobReader) -> bool:
     """Whether a job was published: what stands there of the master's id is then the return of a minion of that id."""
     try:
-        return job.load is not None and records.is_publish(job.load)
+        return job.load is not None and jobload.is_publish(job.load)
     except _OverLimit:  # it is a return of the master's own, which the master stores as the load, too
         return False
 
@@ -459,7 +459,7 @@ def _times(tag: Tag | None, data: Mapping[str, Any]) -> dict[str, Any]:
     times: dict[str, Any] = {}
     if tag is not None and tag.kind is Kind.JOB_RETURN and type(ts) is int and 0 <= ts < _MAX_TS:
         times["ts"] = ts
-    if records.is_stamp(stamp):
+    if moments.is_stamp(stamp):
         times["_stamp"] = stamp
     return times
 
@@ -572,7 +572,7 @@ def _read(path: str, folder_fd: int | None = None, *, max_bytes: int = MAX_FILE_
 
 def _unpacked(content: bytes | None) -> Any:
     try:
-        return None if content is None else records.unpack(content)
+        return None if content is None else saltevent.unpack(content)
     except (ValueError, TypeError, LookupError, RecursionError):
         return None
 

@@ -18,7 +18,7 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from . import jsontext, records, sql
+from . import jsontext, saltevent, sql
 from .decoder import Answer, Decoder, DecoderDied, DecoderMissing
 from .errors import RowsRejected, ServerUnavailable
 from .items import Fit, Item, Large
@@ -171,7 +171,7 @@ class LargeEvents:
     ) -> None:
         self.limits = Limits(16 * 1024 * 1024, 500_000)
         self.file_bytes = FILE_BYTES
-        self.fit = Fit(True, True, True, records.MAX_FUN_CHARACTERS, True, _USUAL_PACKET)
+        self.fit = Fit(True, True, True, saltevent.MAX_FUN_CHARACTERS, True, _USUAL_PACKET)
         """The tables' and the server's, once they were looked at."""
         self.on_looked: Callable[[Entry, Answer, bool, list[int]], Awaitable[None]] | None = None
         """Is told what the job cache has of one, whether its time is over, and of which others that is true, too."""
@@ -202,7 +202,7 @@ class LargeEvents:
 
     def look_for(self, entry: Entry, patience: float, *, is_over: bool = False, alone: bool = False) -> None:
         """One more to confirm, together with others of its tag or ``alone``."""
-        tag = entry.body[: records.MAX_TAG_BYTES].partition(records.SEPARATOR)[0]
+        tag = entry.body[: saltevent.MAX_TAG_BYTES].partition(saltevent.SEPARATOR)[0]
         self._unchecked[entry.seq] = _Waiting(patience, is_over)
         self._line.setdefault(b"%d %b" % (entry.seq if alone else 0, tag), []).append(entry.seq)
         self._news.set()
@@ -285,7 +285,7 @@ class LargeEvents:
             return [seq]
         alike = [seq] if is_large(entry) else seqs
         body = [entry.body]
-        entry = entry._replace(body=entry.body[: records.MAX_TAG_BYTES])  # for its tag
+        entry = entry._replace(body=entry.body[: saltevent.MAX_TAG_BYTES])  # for its tag
         answer = await self._ask(entry, "confirm", [seq, entry.captured_at, entry.state, waiting.patience], body, alike)
         if answer is None:
             return alike
@@ -314,7 +314,7 @@ class LargeEvents:
 
     async def _ask_to_make(self, entry: Entry, fit: Fit) -> Answer | None:
         body = [entry.body]
-        entry = entry._replace(body=entry.body[: records.MAX_TAG_BYTES])
+        entry = entry._replace(body=entry.body[: saltevent.MAX_TAG_BYTES])
         most = 2 * self.limits.max_bytes
         key = self._journal.event_key(entry.seq)
         return await self._ask(entry, "make", [entry.captured_at, key, [*fit], most], body)
@@ -388,4 +388,4 @@ class LargeEvents:
 
 
 def _tag(entry: Entry) -> str:
-    return entry.body.partition(records.SEPARATOR)[0].decode(errors="backslashreplace")
+    return entry.body.partition(saltevent.SEPARATOR)[0].decode(errors="backslashreplace")

@@ -22,10 +22,11 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from . import control, folders, journalfile, records, settings, spool
+from . import control, folders, jobload, journalfile, records, saltevent, settings, spool
 from .errors import ControlError
 from .jobcache import JobCache
-from .records import Opened, Record, Return, Selection
+from .records import Record, Return, Selection
+from .saltevent import Opened
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ class PendingJob(NamedTuple):
         """The load that ``jids`` will hold, where ``stored`` (``{}``: no row) stands now."""
         if not stored and self.returns:
             stored = records.synthesised_load(next(iter(self.returns.values())))
-        load = records.merged_load(stored or None, self.load) if self.load else stored
-        return {} if records.is_minions_alone(load) and not stored else load
+        load = jobload.merged_load(stored or None, self.load) if self.load else stored
+        return {} if jobload.is_minions_alone(load) and not stored else load
 
 
 class Pending:
@@ -204,7 +205,7 @@ class Pending:
             load, ret = record.load, record.ret
             if load is not None:
                 known = jobs.get(load.jid, PendingJob({}, {}))
-                jobs[load.jid] = known._replace(load=records.merged_load(known.load or None, load.load))
+                jobs[load.jid] = known._replace(load=jobload.merged_load(known.load or None, load.load))
             if ret is not None:
                 returns = jobs.setdefault(ret.jid, PendingJob({}, {})).returns
                 if ret.id not in returns or (returns[ret.id].trimmed and not ret.trimmed):
@@ -232,7 +233,7 @@ class Pending:
         events: list[tuple[float, Opened | None]] = []
         unsure: dict[int, Opened] = {}
         for _, captured_at, body, state in rows:
-            event = records.open_event(body) if isinstance(body, bytes) else None
+            event = saltevent.open_event(body) if isinstance(body, bytes) else None
             if not isinstance(event, Opened):
                 continue
             if state != journalfile.STUB and records.refusal(event.job, event.data, selection) is not None:

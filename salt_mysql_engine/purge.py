@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from . import blueprint, moments, partitions, records, schema
+from . import blueprint, moments, partitions, schema
 from .blueprint import ARCHIVE
 from .database import Session
 from .errors import EngineError, RowsRejected
@@ -39,7 +39,7 @@ _TRUE_JID = (
     "(CHAR_LENGTH(`jid`) = 20 AND `jid` NOT REGEXP '[^0-9]' OR "
     "`jid` REGEXP '^[0-9]{20}_[0-9]{1,10}$' AND `jid` NOT LIKE '%\\n')"
 )
-"""As :func:`records.is_jid` has it."""
+"""As :func:`moments.is_jid` has it."""
 
 
 class Done(NamedTuple):
@@ -235,7 +235,7 @@ class _Work:
                 return
             cursor = keys[-1][0]
             # What is left of a true jid comes next; what is no jid is passed over.
-            relation = ">=" if records.is_jid(cursor) and self.rows > gone else ">"
+            relation = ">=" if moments.is_jid(cursor) and self.rows > gone else ">"
 
     async def _delete_events(self) -> None:
         by_time = "alter_time" in self._indexed
@@ -271,7 +271,7 @@ class _Work:
         async def step(session: Session) -> tuple[list[tuple[Any, ...]], int]:
             nonlocal began
             keys = await session.query(select)
-            going = [key for key in keys if self._name == "salt_events" or records.is_jid(key[0])]
+            going = [key for key in keys if self._name == "salt_events" or moments.is_jid(key[0])]
             began = time.monotonic()
             if not going:
                 return keys, 0
@@ -330,4 +330,4 @@ def _batches(parts: Mapping[str, int]) -> list[list[str]]:
 
 
 def _moment(moment: float) -> str:
-    return records.utc(moment).strftime("%Y-%m-%d %H:%M:%S.%f")
+    return moments.utc(moment).strftime("%Y-%m-%d %H:%M:%S.%f")

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from . import pool, records
+from . import jobload, pool
 from .errors import ServerUnavailable, SettingsError
 
 _PAGE_ROWS = 500
@@ -270,8 +270,8 @@ def _one_load(texts: Iterable[str]) -> dict[str, Any]:
     for load in map(parsed, texts):
         if not found:
             found = load
-        elif records.is_published(load):
-            found = records.merged_load(found, load)
+        elif jobload.is_published(load):
+            found = jobload.merged_load(found, load)
     return found
 
 

@@ -29,7 +29,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NamedTuple
 
-from . import jsontext, moments, records, sql
+from . import jobload, jsontext, moments, saltevent, sql
 from .errors import DatabaseError
 from .jobcache import Folder, Job, JobCache
 from .journal import Journal
@@ -258,11 +258,11 @@ class Reconciler:
     def _wants(self, job: Job) -> bool:
         if self.retention_days and job.jid < moments.jid_at(time.time() - self.retention_days * 86_400):
             return False
-        return records.is_function(job.fun) and not self.selection.skips(job.fun)
+        return saltevent.is_function(job.fun) and not self.selection.skips(job.fun)
 
     def _wants_return(self, job: Job, minion: str) -> bool:
-        kind = records.master_kind(job.fun) if minion == self.selection.master_id else None
-        return kind is None or self.selection.wants_job(records.Tag(kind, job.jid, ""))
+        kind = saltevent.master_kind(job.fun) if minion == self.selection.master_id else None
+        return kind is None or self.selection.wants_job(saltevent.Tag(kind, job.jid, ""))
 
     async def _compare(self, ask: Ask | None, some: list[_Found]) -> None:
         jids = [found.job.jid for found in some]
@@ -308,7 +308,7 @@ class Reconciler:
             try:
                 if not self._is_being_written(job, "") and _says_more(self._cache.publish(job.jid), loads.get(job.jid)):
                     now = time.time()
-                    events.append(NewEvent(now, job.jid, "", records.stub(job.jid, "", now), STUB))
+                    events.append(NewEvent(now, job.jid, "", saltevent.stub(job.jid, "", now), STUB))
             except Exception:  # whatever strangers made the master store, the next job must be looked at
                 log.exception("The publish of jid %s in the job cache cannot be used", job.jid)
                 self._note(unreadable=1)
@@ -331,7 +331,7 @@ class Reconciler:
                 if stored_at is None:
                     self._note(unreadable=1)
                 else:
-                    body = records.stub(job.jid, minion, stored_at)
+                    body = saltevent.stub(job.jid, minion, stored_at)
                     events.append(NewEvent(time.time(), job.jid, minion, body, STUB))
         return events
 
@@ -381,15 +381,15 @@ def _by_size(jobs: list[Job], sizes: dict[str, int]) -> Iterator[list[Job]]:
 
 def _says_more(publish: dict[str, Any] | None, stored: str | None) -> bool:
     """Whether a job's publish is a row, and holds what the stored load does not."""
-    published = None if publish is None else records.published_load(publish)
+    published = None if publish is None else jobload.published_load(publish)
     if published is None or stored is None:
         return published is not None
     try:
         load = json.loads(stored)
     except (ValueError, RecursionError):  # someone else's row
         return False
-    return jsontext.dumps(records.merged_load(load, published)) != stored
+    return jsontext.dumps(jobload.merged_load(load, published)) != stored
 
 
 def _moment(seconds: float) -> str:
-    return records.utc(seconds).isoformat(timespec="seconds")
+    return moments.utc(seconds).isoformat(timespec="seconds")

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from . import jsontext, records, sql
+from . import jobload, jsontext, records, saltevent, sql
 from .database import Session
 from .errors import RowsRejected, ServerUnavailable
 from .items import Item, Large, Plain
@@ -80,7 +80,7 @@ class Rows:
         self._uncertain_through = uncertain_through
         self.jobs: set[str] = set()
         """The jids that have their row in ``jids`` once what was written is committed."""
-        self._as_ever = shape.utf8mb4 and shape.alter_time and shape.fun_characters >= records.MAX_FUN_CHARACTERS
+        self._as_ever = shape.utf8mb4 and shape.alter_time and shape.fun_characters >= saltevent.MAX_FUN_CHARACTERS
         """Whether a return's prepared row fits."""
 
     @property
@@ -180,7 +180,7 @@ class Rows:
     def _load_of_return(self, item: Item) -> dict[str, Any]:
         if isinstance(item.outcome, (Plain, Large)) and item.outcome.data is not None:
             assert item.outcome.key is not None
-            return records.load_of_return(item.outcome.key[1], item.outcome.data)
+            return jobload.load_of_return(item.outcome.key[1], item.outcome.data)
         return records.synthesised_load(self._return(item))
 
     def _update(self, ret: _Said) -> bytes:
@@ -243,8 +243,8 @@ class Rows:
         makes, where no better one stands. Gives the jids whose row came into being or changed."""
         published: dict[str, dict[str, Any]] = {}
         for jid, load in loads:
-            published[jid] = records.merged_load(published.get(jid), load)
-        alone = {jid for jid, load in published.items() if records.is_minions_alone(load)}
+            published[jid] = jobload.merged_load(published.get(jid), load)
+        alone = {jid for jid, load in published.items() if jobload.is_minions_alone(load)}
         jids = [jid for jid in of_jobs if jid not in self._known_jobs and (jid not in published or jid in alone)]
         made = await _made(self._load_of_return, [of_jobs[jid] for jid in jids])
         new = dict(zip(jids, made, strict=True))
@@ -260,9 +260,9 @@ class Rows:
                     new[jid] = load
                     changed.add(jid)
                 elif jid in of_jobs:
-                    new[jid] = records.merged_load(new.get(jid) or self._load_of_return(of_jobs[jid]), load)
+                    new[jid] = jobload.merged_load(new.get(jid) or self._load_of_return(of_jobs[jid]), load)
                 continue
-            better = records.merged_load(_parsed(stored[jid]), load)
+            better = jobload.merged_load(_parsed(stored[jid]), load)
             text = self._text(jsontext.dumps(better))
             if text != stored[jid]:
                 await self._session.execute(sql.update_load(jid, text, self._columns(better)))
@@ -277,7 +277,7 @@ class Rows:
         return sql.load_row(jid, self._text(jsontext.dumps(load)), self._columns(load))
 
     def _columns(self, load: dict[str, Any]) -> tuple[str, str, str] | None:
-        return records.job_columns(load) if self._shape.job_columns else None
+        return jobload.job_columns(load) if self._shape.job_columns else None
 
     async def _write_events(self, items: list[Item]) -> int:
         if self._shape.event_key:

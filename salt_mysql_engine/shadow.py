@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import blueprint, folding, jsontext, partitions, records, schema
+from . import blueprint, folding, jobload, jsontext, partitions, schema
 from .blueprint import ARCHIVE
 from .database import Session
 from .errors import EngineError, RowsRejected
@@ -282,8 +282,8 @@ class Shadow:
                 best = now
                 for (before,) in await session.query(f"SELECT `load` FROM `{source}` WHERE `jid` = {quote(jid)}"):
                     load = _parsed(before)
-                    if isinstance(load, dict) and records.is_published(load):
-                        best = jsontext.dumps(records.merged_load(_parsed(best), load))
+                    if isinstance(load, dict) and jobload.is_published(load):
+                        best = jsontext.dumps(jobload.merged_load(_parsed(best), load))
                 if best != now:
                     await session.execute(
                         f"UPDATE `{self._name}` SET `load` = {quote(best)} WHERE `jid` = {quote(jid)}"

@@ -40,7 +40,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import folders, records, settings
+from . import folders, jobload, moments, saltevent, settings
 from .control import socket_path
 
 log = logging.getLogger(__name__)
@@ -238,15 +238,15 @@ class HandOff:
 
     def published(self, jid: str, load: Mapping[str, Any], minions: Iterable[str] | None) -> None:
         """A job's load (``save_load``). Of a job that nobody published the return says everything: nothing is added."""
-        if not records.is_jid(jid):
+        if not moments.is_jid(jid):
             return
-        body = records.publish_event(jid, load, _texts(minions))
+        body = jobload.publish_event(jid, load, _texts(minions))
         if body is not None:
             self._append(jid, "", body, published=True)
 
     def minions(self, jid: str, minions: Iterable[str]) -> None:
         """More minions of a job (``save_minions``)."""
-        body = records.minions_event(jid, _texts(minions)) if records.is_jid(jid) else None
+        body = saltevent.minions_event(jid, _texts(minions)) if moments.is_jid(jid) else None
         if body is not None:
             self._append(jid, "", body, published=True)
 
@@ -255,13 +255,13 @@ class HandOff:
         jid, minion = load.get("jid"), load.get("id")
         if not isinstance(jid, str) or not isinstance(minion, str) or "return" not in load:
             return
-        if not records.is_jid(jid) or self._is_not_kept(jid):
+        if not moments.is_jid(jid) or self._is_not_kept(jid):
             return
-        kind = records.master_return_kind(load["return"], jid) if minion == self._master_id else None
+        kind = saltevent.master_return_kind(load["return"], jid) if minion == self._master_id else None
         if kind is not None:
-            body = records.try_pack(f"salt/{kind}/{jid}/ret", load["return"])
+            body = saltevent.try_pack(f"salt/{kind}/{jid}/ret", load["return"])
         else:
-            body = records.try_pack(f"salt/job/{jid}/ret/{minion}", load)
+            body = saltevent.try_pack(f"salt/job/{jid}/ret/{minion}", load)
         self._append(jid, minion, body)
 
     def events(self, events: Iterable[Mapping[str, Any]]) -> None:
@@ -269,12 +269,12 @@ class HandOff:
         for event in events:
             tag, data = event.get("tag"), event.get("data")
             if isinstance(tag, str) and isinstance(data, dict):
-                body = records.try_pack(tag, data)
-                self._append("", "", None if body is None else records.chosen_event(body))
+                body = saltevent.try_pack(tag, data)
+                self._append("", "", None if body is None else saltevent.chosen_event(body))
 
     def keep_out(self, jid: str) -> None:
         """The job of this jid asks not to be stored (``nocache``)."""
-        if not records.is_jid(jid):
+        if not moments.is_jid(jid):
             return
         with (
             contextlib.suppress(OSError),

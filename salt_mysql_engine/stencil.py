@@ -27,8 +27,9 @@ import re
 import struct
 from typing import Any, NamedTuple
 
-from . import jsontext, records, sql
-from .records import Opened, Record, Return, Selection
+from . import jsontext, moments, records, saltevent, sql
+from .records import Record, Return, Selection
+from .saltevent import Opened
 
 log = logging.getLogger(__name__)
 
@@ -177,14 +178,14 @@ class Stencils:
         return row.replace(b"\0", b"%b").replace(b"\1", b"%d"), said
 
     def _long_way(self, sight: _Sight) -> Return | None:
-        event = records.open_event(_body(sight))
+        event = saltevent.open_event(_body(sight))
         record = records.interpret(event, 0.0, self._selection) if isinstance(event, Opened) else None
         return record.ret if isinstance(record, Record) else None
 
 
 def _look(body: bytes) -> _Sight | None:
     """Takes an event apart, if it is one of those that a stencil could be made of."""
-    if len(body) > _MOST_BYTES or (head := records.PLAIN_RETURN.match(body)) is None:
+    if len(body) > _MOST_BYTES or (head := saltevent.PLAIN_RETURN.match(body)) is None:
         return None
     jid, minion = head.groups()
     size = len(minion)
@@ -260,7 +261,7 @@ def _filled(stencil: _Stencil, values: tuple[Any, ...]) -> tuple[tuple[str, str]
     job, name, minion, *took, jid, ts, stamp = values if stencil.has_ts else (*values[:-1], None, values[-1])
     if jid != job or minion != name or not jid.isdigit() or minion.translate(None, _PLAIN):
         return None
-    if not _MOMENT.fullmatch(stamp) or not records.is_day(stamp[:10].decode()) or (took and not _are_times(took)):
+    if not _MOMENT.fullmatch(stamp) or not moments.is_day(stamp[:10].decode()) or (took and not _are_times(took)):
         return None
     seconds = () if ts is None else (ts,)
     said = (stencil.said % tuple(took),) if took else ()

@@ -115,7 +115,7 @@ async def _migrate(opts: Mapping[str, Any], partitions: str, dry: bool, show: Sh
 
 async def _purge(opts: Mapping[str, Any], days: float, archive: bool, dry: bool, show: Show) -> dict[str, Any]:
     from . import purge
-    from .records import utc
+    from .moments import utc
     from .steady import Busy, Steady
 
     before = time.time() - days * _DAY

@@ -116,7 +116,7 @@ def dead_letters(
 
 def _whole(opts: Mapping[str, Any], letter: Mapping[str, Any]) -> dict[str, Any] | None:
     """A dead letter with what it holds; ``None`` when it is gone. It is opened here, and not in the engine."""
-    from . import records
+    from . import saltevent
 
     body = b""
     while piece := base64.b64decode(
@@ -125,8 +125,8 @@ def _whole(opts: Mapping[str, Any], letter: Mapping[str, Any]) -> dict[str, Any]
         body += piece
     if len(body) != letter["bytes"]:
         return None
-    records.limit_objects(_MOST_OBJECTS)
-    return {**letter, **records.describe(body)}
+    saltevent.limit_objects(_MOST_OBJECTS)
+    return {**letter, **saltevent.describe(body)}
 
 
 def _export(opts: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -33,13 +33,14 @@ import time
 from collections.abc import Awaitable, Callable, Container, Iterable
 from typing import Any, NamedTuple
 
-from . import decoder, records
+from . import decoder, records, saltevent
 from .items import Item
 from .jobcache import Answer, JobCache, NotAsked, TooLarge, Unreadable
 from .journal import Entry, Journal, Settlement
 from .journalfile import CONFIRMED, STUB
 from .large import LargeEvents, is_large, too_large
-from .records import Ignored, Kind, Opened, Selection
+from .records import Selection
+from .saltevent import Ignored, Kind, Opened
 from .waits import Breath, is_set_within
 
 log = logging.getLogger(__name__)
@@ -206,9 +207,9 @@ class Verifier:
 
         Not where each has a row of events, too, nor where what is made of it is the event's own word.
         """
-        tag = body[: records.MAX_TAG_BYTES].partition(records.SEPARATOR)[0]
+        tag = body[: saltevent.MAX_TAG_BYTES].partition(saltevent.SEPARATOR)[0]
         text = tag.decode(errors="replace")
-        is_row = self.enabled and records.parse_tag(text) is not None and not self.selection.wants_event(text)
+        is_row = self.enabled and saltevent.parse_tag(text) is not None and not self.selection.wants_event(text)
         return tag if is_row else None
 
     async def _end_large(self, entry: Entry, answer: decoder.Answer, is_over: bool, others: list[int]) -> None:
@@ -235,7 +236,7 @@ class Verifier:
         self, entry: Entry, deferred: Deferred | None, *, is_unknown: bool, is_over: bool
     ) -> None:
         now = time.monotonic()
-        event = records.opened(entry.body.partition(records.SEPARATOR)[0].decode(errors="replace"), {})
+        event = saltevent.opened(entry.body.partition(saltevent.SEPARATOR)[0].decode(errors="replace"), {})
         if deferred is None:
             assert event.job is not None
             deferred = self._deferred_of(entry.seq, event.job, now)
@@ -352,14 +353,14 @@ class Verifier:
             return checked._replace(event=Ignored.UNDECODABLE, error=f"{type(exc).__name__}: {exc}")
 
     def _with_payload(self, checked: Checked, event: Opened) -> Checked | None:
-        body = records.try_pack(event.tag, event.data)
+        body = saltevent.try_pack(event.tag, event.data)
         if body is None:
             return None
         if body == checked.entry.body:
             return checked._replace(entry=checked.entry._replace(state=CONFIRMED))
         self._note_difference(checked, event)
-        if records.may_be_trimmed(body):
-            event = event._replace(trimmed=records.is_trimmed(event.data.get("return")))
+        if saltevent.may_be_trimmed(body):
+            event = event._replace(trimmed=saltevent.is_trimmed(event.data.get("return")))
         refused = records.refusal(event.job, event.data, self.selection)
         return Checked(checked.entry._replace(body=body, state=CONFIRMED), refused or event)
 
@@ -368,13 +369,13 @@ class Verifier:
             return False
         if entry.state == STUB:
             return True
-        return self._cache is not None and (self.enabled or records.may_be_trimmed(entry.body))
+        return self._cache is not None and (self.enabled or saltevent.may_be_trimmed(entry.body))
 
     def _opened(self, entry: Entry) -> Checked:
         """An entry taken apart. Whatever is in it, it makes one dead letter at most."""
         try:
-            return self._sure(Checked(entry, records.open_event(entry.body)))
-        except records.TooManyObjects:
+            return self._sure(Checked(entry, saltevent.open_event(entry.body)))
+        except saltevent.TooManyObjects:
             raise
         except Exception as exc:
             log.exception("An event cannot be taken apart, and goes to the dead letters")
@@ -384,7 +385,7 @@ class Verifier:
         """What is no row of a job by its own words stays none, whatever the settings are by the time it is written."""
         event = checked.event
         if isinstance(event, Opened) and checked.entry.state == STUB:
-            size, most = event.data.get(records.TOO_LARGE, 0), self._large.limits.max_bytes
+            size, most = event.data.get(saltevent.TOO_LARGE, 0), self._large.limits.max_bytes
             if size and (size > most or event.job is None):
                 return Checked(checked.entry, Ignored.TOO_LONG, too_large(size, most), "too_large")
         if not isinstance(event, Opened) or checked.entry.state == STUB or not self.enabled:
@@ -433,8 +434,8 @@ class Verifier:
         if look.absent or look.unknown:
             self._some_wait.set()
 
-    def _deferred_of(self, seq: int, job: records.Tag, since: float) -> Deferred:
-        minion = self.selection.master_id if job.kind in records.MASTER_RETURNS else job.minion
+    def _deferred_of(self, seq: int, job: saltevent.Tag, since: float) -> Deferred:
+        minion = self.selection.master_id if job.kind in saltevent.MASTER_RETURNS else job.minion
         return Deferred(seq, job.jid, minion, since)
 
     def _put_off(self, deferred: Deferred) -> None:
@@ -645,11 +646,11 @@ def sorted_out(
         elif isinstance(each.event, Ignored):
             ignored[entry.seq] = each.event.value
         elif each.event.job is None and entry.state != CONFIRMED:  # a row of events, and of nothing else
-            confirmed[entry.seq] = records.chosen_event(entry.body)
+            confirmed[entry.seq] = saltevent.chosen_event(entry.body)
         else:
             confirmed[entry.seq] = entry.body
     return confirmed, ignored, dead
 
 
 def _packed(value: Any) -> bytes | None:
-    return records.try_pack("", {"": value})
+    return saltevent.try_pack("", {"": value})

@@ -28,7 +28,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from . import moments, records, schema
+from . import moments, records, saltevent, schema
 from .batcher import Batcher, Limits
 from .capture import InJournal
 from .database import Database, Session
@@ -476,7 +476,7 @@ class Writer:
         ignored: collections.Counter[str] = collections.Counter()
         if len(rows) < len(batch):
             ignored.update(
-                f"ignored.{item.outcome.value}" for item in batch if isinstance(item.outcome, records.Ignored)
+                f"ignored.{item.outcome.value}" for item in batch if isinstance(item.outcome, saltevent.Ignored)
             )
         if not rows:
             return dict(ignored)
@@ -567,7 +567,7 @@ class Writer:
             except BaseException:
                 self.tables_known = False
                 raise
-            characters = min(self._shape.fun_characters, records.MAX_FUN_CHARACTERS)
+            characters = min(self._shape.fun_characters, saltevent.MAX_FUN_CHARACTERS)
             self._large.fit = Fit(
                 self._shape.alter_time,
                 self._shape.failed,

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from benchmarks.hostile import event, letter
-from salt_mysql_engine import records
+from salt_mysql_engine import saltevent
 from salt_mysql_engine.engine import spare_collector
 from salt_mysql_engine.journal import NewEvent, Settlement
 from tests.support.shipping import Shipping, jid, returned
@@ -61,7 +61,7 @@ async def _letters(ship: Shipping, count: int) -> None:
     """What the engine's verbs do for the runner."""
     journal = ship.journal
     for listed in await ship._in_journal(lambda: journal.dead_letters(limit=count, whole=False)):
-        records.told(*await ship._in_journal(journal.ends_of_dead_letter, listed.seq))
+        saltevent.told(*await ship._in_journal(journal.ends_of_dead_letter, listed.seq))
         offset = 0
         while piece := await ship._in_journal(journal.piece_of_dead_letter, listed.seq, offset, _PIECE_BYTES):
             offset += len(piece)

@@ -19,7 +19,8 @@ import msgpack
 from benchmarks import payloads
 from benchmarks.worker import cpu, peak_mb, serve
 from salt_mysql_engine import records, settings
-from salt_mysql_engine.records import Opened, Record, Selection, open_event
+from salt_mysql_engine.records import Record, Selection
+from salt_mysql_engine.saltevent import Opened, open_event
 
 BATCH = 500
 INSERT = (

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from salt_mysql_engine import jsontext, records, settings
-from salt_mysql_engine.records import Ignored, Opened, Record, Return, Selection
+from salt_mysql_engine import jsontext, records, saltevent, settings
+from salt_mysql_engine.records import Record, Return, Selection
+from salt_mysql_engine.saltevent import Ignored, Opened
 from tests.fuzz.events import FORGED, Chance, Genuine, Story
 from tests.support.scratch import Scratch
 from tests.support.shipping import MASTER, Cache, Shipping
@@ -214,7 +215,7 @@ def _is_captured(body: bytes, selection: Selection) -> bool:
         tag = body[:end].decode() if end > 0 else ""
     except UnicodeDecodeError:
         return False
-    job = records.parse_tag(tag)
+    job = saltevent.parse_tag(tag)
     if job is not None and selection.wants_job(job):
         return True
     return selection.wants_event(tag) and not tag.startswith("mysql_jobcache/")
@@ -271,7 +272,7 @@ def _check_return(
     of_master = key[1] == MASTER
     value = _as_json(data if of_master else data["return"])
     if selection.leaves_out(data["fun"]):
-        value = {**value, "return": records.LEFT_OUT} if of_master else records.LEFT_OUT
+        value = {**value, "return": saltevent.LEFT_OUT} if of_master else saltevent.LEFT_OUT
     returned = json.loads(row["return"])
     if of_master:
         returned.pop("_stamp", None), value.pop("_stamp", None)
@@ -293,8 +294,8 @@ def _check_return(
 def _is_wanted(key: tuple[str, str], data: dict[str, Any], selection: Selection) -> bool:
     if selection.skips(data["fun"]):
         return False
-    kind = records.master_kind(data["fun"])
-    return kind is None or selection.wants_job(records.Tag(kind, *key))
+    kind = saltevent.master_kind(data["fun"])
+    return kind is None or selection.wants_job(saltevent.Tag(kind, *key))
 
 
 def _joined(fun: str | list[str]) -> str:
@@ -318,7 +319,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _keys(bodies: Iterable[bytes]) -> set[tuple[str, str]]:
-    tags = [records.parse_tag(body.partition(b"\n\n")[0].decode("utf-8", "replace")) for body in bodies]
+    tags = [saltevent.parse_tag(body.partition(b"\n\n")[0].decode("utf-8", "replace")) for body in bodies]
     return {(tag.jid, tag.minion) for tag in tags if tag is not None}
 
 
@@ -335,7 +336,7 @@ def _check_heard(
     for body in told.bodies:
         if not _is_captured(body, selection) or not dead.isdisjoint(_keys([body])):
             continue
-        event = records.open_event(body)
+        event = saltevent.open_event(body)
         record = records.interpret(event, 0.0, selection) if isinstance(event, Opened) else event
         if isinstance(record, Ignored):
             ignored[record.value] += 1

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine import folders, intake, moments, pending, reconcile, records, spool
+from salt_mysql_engine import folders, intake, moments, pending, reconcile, saltevent, spool
 from salt_mysql_engine.control import socket_path
 from salt_mysql_engine.errors import JournalError
 from salt_mysql_engine.intake import Intake, Taken
@@ -230,7 +230,7 @@ async def test_a_value_that_is_left_out_is_in_no_table_whichever_way_it_came(
         await ship.settled()
     tables = {table: database.rows(table) for table in ("jids", "salt_returns", "salt_events")}
     assert [len(tables[table]) for table in ("jids", "salt_returns")] == [3, 3]
-    assert all(records.LEFT_OUT in row["return"] for row in tables["salt_returns"])
+    assert all(saltevent.LEFT_OUT in row["return"] for row in tables["salt_returns"])
     assert "SECRET-1" not in repr(tables)
 
 
@@ -595,7 +595,7 @@ def test_a_damaged_record_costs_itself_and_is_counted_once(
             taking.step()
         books = balanced(journal)
         assert (books["captured"], books["pending"], books["dropped"]) == (20, 19, {"spool_torn": 1})
-        jids = {records.PLAIN_RETURN.match(entry.body)[1].decode() for entry in  # type: ignore[index] # all are returns
+        jids = {saltevent.PLAIN_RETURN.match(entry.body)[1].decode() for entry in  # type: ignore[index] # all are returns
                 journal.held(jid=None, at=0, rows=100, max_bytes=10**9)}  # fmt: skip
         assert jids == {jid(number) for number in range(20)} - {jid(10 if damage in ("length", "middle") else 19)}
     assert files(tmp_path) == []

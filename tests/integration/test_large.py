@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from salt_mysql_engine import records, settings
+from salt_mysql_engine import records, saltevent, settings
 from salt_mysql_engine.decoder import Decoder, DecoderDied
 from salt_mysql_engine.journalfile import CONFIRMED, STUB
 from salt_mysql_engine.large import setup_of
@@ -157,8 +157,8 @@ async def test_whatever_one_event_holds_others_are_not_late_by_it(shipping: Make
 async def test_a_large_return_is_the_row_that_a_small_one_would_be(database: Scratch, shipping: Make) -> None:
     data = return_data(jid(1), "web1", {"stdout": TEXT, b"\xff": [1.5, None, {"a": NOISE[:99]}]}, retcode=2)
     event = body(f"salt/job/{jid(1)}/ret/web1", data)
-    opened = records.open_event(event)
-    assert isinstance(opened, records.Opened)
+    opened = saltevent.open_event(event)
+    assert isinstance(opened, saltevent.Opened)
     selection = records.Selection(settings.combine({}, {}), master_id=MASTER)
     record = records.interpret(opened, 0.0, selection)
     assert isinstance(record, records.Record)
@@ -189,7 +189,7 @@ async def test_a_large_return_that_comes_again_is_a_duplicate_and_another_one_di
 
 async def test_a_large_whole_value_takes_a_trimmed_ones_place(database: Scratch, shipping: Make) -> None:
     async with shipping(**SOON) as ship:
-        await ship.ship(returned(jid(1), "web1", records.TRIMMED))
+        await ship.ship(returned(jid(1), "web1", saltevent.TRIMMED))
         await ship.ship(returned(jid(1), "web1", f"it's \\ {TEXT}"))
     row = database.row("salt_returns")
     assert json.loads(row["return"]) == json.loads(row["full_ret"])["return"] == f"it's \\ {TEXT}"

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine import folders, records, spool
+from salt_mysql_engine import folders, saltevent, spool
 from salt_mysql_engine.intake import Intake
 from salt_mysql_engine.journal import Entry, Journal, Settlement
 from salt_mysql_engine.spool import HandOff
@@ -133,8 +133,8 @@ def body_of(journal: Journal, entry: Entry) -> bytes:
 
 def identity(body: bytes) -> tuple[str, int]:
     """Whose event it is: the process and its number."""
-    event = records.open_event(body)
-    assert isinstance(event, records.Opened)
+    event = saltevent.open_event(body)
+    assert isinstance(event, saltevent.Opened)
     assert event.job is not None
     return event.job.minion or event.data["tgt"], int(event.job.jid[8:])
 

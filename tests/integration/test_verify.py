@@ -17,7 +17,8 @@ import pytest
 
 from salt_mysql_engine import settings
 from salt_mysql_engine.journalfile import CONFIRMED
-from salt_mysql_engine.records import LEFT_OUT, TRIMMED, Opened, Selection, open_event
+from salt_mysql_engine.records import Selection
+from salt_mysql_engine.saltevent import LEFT_OUT, TRIMMED, Opened, open_event
 from tests.support.scratch import Scratch
 from tests.support.shipping import (
     MASTER,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from salt_mysql_engine import moments, records, settings, writer
+from salt_mysql_engine import jobload, moments, records, saltevent, settings, writer
 from salt_mysql_engine.errors import OperatorNeeded
 from tests.support.oldtables import make_version_1
 from tests.support.scratch import Scratch
@@ -247,7 +247,7 @@ async def test_minions_of_a_known_job_whose_row_is_gone_are_not_lost(database: S
     async with shipping() as ship:
         await ship.ship(returned(young(1), "web1"))
         database.sql("DELETE FROM jids")
-        minions = records.minions_event(young(1), ["web1", "web2"])
+        minions = saltevent.minions_event(young(1), ["web1", "web2"])
         assert minions is not None
         await ship.take_at(time.time(), minions, returned(young(1), "web2"))
         await ship.drain()
@@ -839,7 +839,7 @@ async def test_a_load_that_is_null_is_written_over_and_ends_nothing(database: Sc
 async def test_an_event_at_which_the_writer_fails_is_one_dead_letter_and_its_neighbours_are_written(
     database: Scratch, shipping: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    genuine = records.job_columns
+    genuine = jobload.job_columns
 
     def columns(load: dict[str, object]) -> tuple[str, str, str]:
         if load["jid"] == jid(7):

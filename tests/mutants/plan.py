@@ -13,6 +13,8 @@ class Tests(NamedTuple):
 
 
 PLAN: Final[dict[str, Tests]] = {
+    "saltevent": Tests(("unit/test_records.py", "unit/test_jobcache.py"), ("integration/test_verify.py",)),
+    "jobload": Tests(("unit/test_records.py", "unit/test_jobcache.py"), ("integration/test_verify.py",)),
     "records": Tests(("unit/test_records.py", "unit/test_jobcache.py"), ("integration/test_verify.py",)),
     "jobcache": Tests(("unit/test_jobcache.py",), ("integration/test_verify.py", "integration/test_reconcile.py")),
     "verify": Tests((), ("integration/test_verify.py", "integration/test_machine.py", "integration/test_large.py")),

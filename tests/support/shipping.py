@@ -32,7 +32,8 @@ from salt_mysql_engine.jobcache import JobCache
 from salt_mysql_engine.journal import Journal, NewEvent
 from salt_mysql_engine.large import LargeEvents, setup_of
 from salt_mysql_engine.reconcile import Reconciler
-from salt_mysql_engine.records import Kind, Opened, Selection, open_event, parse_tag
+from salt_mysql_engine.records import Selection
+from salt_mysql_engine.saltevent import Kind, Opened, open_event, parse_tag
 from salt_mysql_engine.settings import Connection
 from salt_mysql_engine.telling import Teller
 from salt_mysql_engine.verify import Verifier

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine.records import LEFT_OUT
+from salt_mysql_engine.saltevent import LEFT_OUT
 from tests.support.mariadb import wait_until
 from tests.support.salt import fire
 from tests.system.conftest import PATIENCE, Site

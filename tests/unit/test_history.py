@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine import history, moments, pool, reader, records
+from salt_mysql_engine import history, moments, pool, reader, saltevent
 from salt_mysql_engine.errors import EngineError, SettingsError
 from salt_mysql_engine.history import reason
 from salt_mysql_engine.reader import all_as_cached, as_cached, as_listed, load_as_cached
-from salt_mysql_engine.records import Opened, Record, Selection, interpret, open_event
+from salt_mysql_engine.records import Record, Selection, interpret
+from salt_mysql_engine.saltevent import Opened, open_event
 from salt_mysql_engine.search import _matches
 from salt_mysql_engine.settings import combine
 from tests.support.shipping import MASTER, body, call_data, jid, master_data, return_data
@@ -33,7 +34,7 @@ def of_minion(data: dict[str, Any]) -> str:
     return stored(f"salt/job/{jid(1)}/ret/web1", data)
 
 
-TRIMMED = records.TRIMMED
+TRIMMED = saltevent.TRIMMED
 RETURNED = return_data(jid(1), "web1", {"a": 1})
 WITHOUT_STAMP = {key: value for key, value in RETURNED.items() if key != "_stamp"}
 SSH = {"jid": jid(1), "id": "web1", "return": {"a": 1}, "fun": "test.arg"}

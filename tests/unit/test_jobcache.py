@@ -18,9 +18,10 @@ import msgpack
 import pytest
 from hypothesis import strategies as st
 
-from salt_mysql_engine import jobcache, jsontext, records, settings
+from salt_mysql_engine import jobcache, jsontext, records, saltevent, settings
 from salt_mysql_engine.jobcache import Folder, Job, JobCache, TooLarge, Unreadable
-from salt_mysql_engine.records import Ignored, Opened, Record
+from salt_mysql_engine.records import Record
+from salt_mysql_engine.saltevent import Ignored, Opened
 from tests.support import shipping
 from tests.unit import values
 
@@ -29,7 +30,7 @@ JID, OTHER = "20260102030405000006", "20260102030405000007"
 LONG_AGO = 1767323045.25
 PATIENCE = 5.0
 STAMP = "2026-01-02T03:04:05.000006"
-TRIMMED = records.TRIMMED
+TRIMMED = saltevent.TRIMMED
 SELECTION = records.Selection(settings.combine({}, {}), master_id=MASTER)
 
 
@@ -58,7 +59,7 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def opened(tag: str, data: Any) -> Opened:
-    event = records.open_event(tag.encode() + b"\n\n" + values.packed(data))
+    event = saltevent.open_event(tag.encode() + b"\n\n" + values.packed(data))
     assert isinstance(event, Opened)
     return event
 
@@ -332,7 +333,7 @@ def test_an_id_that_is_no_name_leads_nowhere_and_raises_nothing(cache: Cache, mi
     cache.returned(JID, "web1", "the genuine", retcode=0, success=True)
     for above in (folder, folder.parent, folder.parent.parent, cache.cachedir):
         (above / "return.p").write_bytes(values.packed({"return": "planted"}))
-    event = Opened("", records.Tag(records.Kind.JOB_RETURN, JID, minion), return_data(minion=minion), False)
+    event = Opened("", saltevent.Tag(saltevent.Kind.JOB_RETURN, JID, minion), return_data(minion=minion), False)
     assert cache.reader.confirm([event], PATIENCE) == [None]
     assert cache.reader.present([(JID, minion), (JID, "web1")]) == [minion == "", True], "no id at all asks for the job"
     assert cache.reader.stored_at(JID, minion) is None
@@ -340,7 +341,7 @@ def test_an_id_that_is_no_name_leads_nowhere_and_raises_nothing(cache: Cache, mi
 
 @pytest.mark.parametrize("jid", ["..", "", "nocache", "req", "../" + JID, JID + "\0", "x" * 5000, "\udcff", JID[:-1]])
 def test_a_jid_that_is_none_leads_nowhere_and_raises_nothing(cache: Cache, jid: str) -> None:
-    event = Opened("", records.Tag(records.Kind.JOB_RETURN, jid, "web1"), return_data(jid=jid), False)
+    event = Opened("", saltevent.Tag(saltevent.Kind.JOB_RETURN, jid, "web1"), return_data(jid=jid), False)
     assert cache.reader.confirm([event], PATIENCE) == [None]
     assert cache.reader.present([(jid, "web1"), (jid, "")]) == [False, False]
 
@@ -435,7 +436,7 @@ def test_whatever_stands_in_the_cache_and_in_the_event_raises_nothing(
     cache.returned(JID, "web1", load.get("return"), retcode=data.get("fun"))
     cache.returned(JID, MASTER, data.get("return"))
     for tag in (RETURN, NEW, f"salt/run/{JID}/new", f"salt/run/{JID}/ret", f"salt/wheel/{JID}/ret"):
-        event = records.open_event(tag.encode() + b"\n\n" + values.packed({"jid": JID, **data}))
+        event = saltevent.open_event(tag.encode() + b"\n\n" + values.packed({"jid": JID, **data}))
         if isinstance(event, Opened):
             (said,) = cache.reader.confirm([event], PATIENCE)
             assert said is None or isinstance(said, (Opened, Ignored))
@@ -728,14 +729,14 @@ def test_names_in_a_jobs_folder_that_are_no_text_hinder_nothing(cache: Cache) ->
 
 def row(body: bytes | Opened) -> dict[str, Any]:
     """The row of an event, but for what differs by nature: when it was seen."""
-    event = body if isinstance(body, Opened) else records.open_event(body)
+    event = body if isinstance(body, Opened) else saltevent.open_event(body)
     assert isinstance(event, Opened)
     record = records.interpret(event, 0.0, SELECTION)
     assert isinstance(record, Record)
     assert record.ret is not None
     ret, full = record.ret, json.loads(record.ret.full_ret_json)
     value = json.loads(ret.return_json)
-    if event.job is not None and event.job.kind is not records.Kind.JOB_RETURN:  # the whole event
+    if event.job is not None and event.job.kind is not saltevent.Kind.JOB_RETURN:  # the whole event
         assert value.pop("_stamp")
         assert full["return"].pop("_stamp")
     said = {name: full[name] for name in ("return", "fun_args", "success", "retcode", "jid", "id")}
@@ -788,12 +789,12 @@ def test_a_return_from_the_cache_is_the_row_of_the_genuine_event(
             cache.job(JID, load_of(fun=fun, arg=args), ["web1"])
         kept = {key: data[key] for key in ("retcode", "success") if key in data}
         cache.returned(JID, "web1", value, out=out, at=1767323045.25, **kept)
-    event = records.open_event(tag.encode() + b"\n\n" + values.packed(data))
+    event = saltevent.open_event(tag.encode() + b"\n\n" + values.packed(data))
     if not isinstance(event, Opened):  # Python cannot hold it
         return
     stored_at = cache.reader.stored_at(JID, minion)
     assert stored_at is not None
-    stub = records.open_event(records.stub(JID, minion, stored_at))
+    stub = saltevent.open_event(saltevent.stub(JID, minion, stored_at))
     assert isinstance(stub, Opened)
     (made,) = cache.reader.confirm([stub], 0.0)
     assert isinstance(made, Opened)

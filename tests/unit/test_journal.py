@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from salt_mysql_engine import journal as journal_module
-from salt_mysql_engine import journalfile, records
+from salt_mysql_engine import journalfile, saltevent
 from salt_mysql_engine.errors import JournalError
 from salt_mysql_engine.journal import Caps, DeadLetter, Entry, Journal, NewEvent, Settlement
 from salt_mysql_engine.journalfile import CONFIRMED, STUB, UNCHECKED
@@ -1278,7 +1278,7 @@ def test_a_list_of_dead_letters_has_no_bodies_and_all_of_them_are_retried_in_por
         journal.settle(Settlement([seq], {}, {seq: ("refused", "too long")}))
     listed = journal.dead_letters(whole=False)
     assert [(letter.body, letter.size) for letter in listed] == [(b"", len(body))] * 5
-    assert records.told(*journal.ends_of_dead_letter(listed[0].seq)) == (
+    assert saltevent.told(*journal.ends_of_dead_letter(listed[0].seq)) == (
         "salt/job/20260329000000000001/ret/web1",
         "test.ping",
     )
@@ -1296,11 +1296,11 @@ def test_a_list_of_dead_letters_has_no_bodies_and_all_of_them_are_retried_in_por
 @pytest.mark.parametrize("size", [0, 5, 31, 32, 255])
 def test_the_function_of_an_event_is_told_by_its_ends(size: int) -> None:
     event = b"tag\n\n" + msgpack.packb({"return": "x" * 9000, "fun": "f" * size, "id": "a"})
-    assert records.told(event[:4096], event[-4096:]) == ("tag", "f" * size)
-    assert records.told(event[:50], event[-10:]) == ("tag", "")
+    assert saltevent.told(event[:4096], event[-4096:]) == ("tag", "f" * size)
+    assert saltevent.told(event[:50], event[-10:]) == ("tag", "")
     several = b"tag\n\n" + msgpack.packb({"return": "x" * 9000, "fun": ["a.b", "c.d"]})
-    assert records.told(several[:4096], several[-4096:]) == ("tag", "a.b,c.d")
-    assert records.told(b"\xff", b"") == ("\\xff", "")
+    assert saltevent.told(several[:4096], several[-4096:]) == ("tag", "a.b,c.d")
+    assert saltevent.told(b"\xff", b"") == ("\\xff", "")
 
 
 def test_dead_letters_over_their_bytes_go_in_one_step(journal: Journal) -> None:

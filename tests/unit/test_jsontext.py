@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from salt_mysql_engine import jsontext, records, settings, sql
+from salt_mysql_engine import jsontext, records, saltevent, settings, sql
 from salt_mysql_engine.records import Selection
 from tests.support.shipping import returned
 from tests.unit import values
@@ -111,8 +111,8 @@ def test_megabytes_that_are_no_text_are_a_row_in_a_moment() -> None:
     event = returned(job, "web1", "X" * len(noise)).replace(b"X" * len(noise), noise)
     selection = Selection(settings.combine({}, {}), master_id="master")
     began = time.process_time()
-    opened = records.open_event(event)
-    assert isinstance(opened, records.Opened)
+    opened = saltevent.open_event(event)
+    assert isinstance(opened, saltevent.Opened)
     record = records.interpret(opened, 0.0, selection)
     assert isinstance(record, records.Record)
     assert record.ret is not None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgpack
 import pytest
 
-from salt_mysql_engine import records, settings
+from salt_mysql_engine import records, saltevent, settings
 from salt_mysql_engine.items import Fit
 from salt_mysql_engine.journal import Entry
 from salt_mysql_engine.large import is_large, parts_of
@@ -18,9 +18,9 @@ from tests.support.shipping import MASTER, jid, returned
 @pytest.fixture
 def hundred() -> Iterator[None]:
     """At most so many objects."""
-    records.limit_objects(100)
+    saltevent.limit_objects(100)
     yield
-    records.limit_objects(0)
+    saltevent.limit_objects(0)
 
 
 def entry(body: bytes, size: int = 0) -> Entry:
@@ -64,26 +64,26 @@ def test_an_event_that_was_not_read_is_large() -> None:
 def test_no_more_objects_are_unpacked_than_the_limit_lets_pass(value: object, fits: bool) -> None:
     packed = msgpack.packb(value)
     if fits:
-        assert records.unpack(packed) == value
+        assert saltevent.unpack(packed) == value
     else:
-        with pytest.raises(records.TooManyObjects):
-            records.unpack(packed)
+        with pytest.raises(saltevent.TooManyObjects):
+            saltevent.unpack(packed)
 
 
 def test_what_is_cut_keeps_its_tag_and_its_size() -> None:
-    event = records.open_event(records.cut(b"salt/job/20260329000000000001/ret/web1\n\n" + b"x" * 999, 0.0))
-    assert isinstance(event, records.Opened)
-    assert event.job == records.Tag(records.Kind.JOB_RETURN, "20260329000000000001", "web1")
-    assert event.data[records.TOO_LARGE] == 1039
+    event = saltevent.open_event(saltevent.cut(b"salt/job/20260329000000000001/ret/web1\n\n" + b"x" * 999, 0.0))
+    assert isinstance(event, saltevent.Opened)
+    assert event.job == saltevent.Tag(saltevent.Kind.JOB_RETURN, "20260329000000000001", "web1")
+    assert event.data[saltevent.TOO_LARGE] == 1039
     for hostile in (b"", b"\n\n", b"\xff" * 5000, b"salt/job/x/ret/y"):
-        assert isinstance(records.open_event(records.cut(hostile, 0.0)), records.Opened)
+        assert isinstance(saltevent.open_event(saltevent.cut(hostile, 0.0)), saltevent.Opened)
 
 
 @pytest.mark.parametrize("characters", [400, 600])
 def test_a_row_that_the_server_would_refuse_is_not_made(characters: int) -> None:
     selection = records.Selection(settings.combine({}, {}), master_id=MASTER)
-    event = records.open_event(returned(jid(1), "web1", "x" * characters))
-    assert isinstance(event, records.Opened)
+    event = saltevent.open_event(returned(jid(1), "web1", "x" * characters))
+    assert isinstance(event, saltevent.Opened)
     record = records.interpret(event, 0.0, selection)
     assert isinstance(record, records.Record)
     parts, about = parts_of(*record, MASTER, bytes(16), Fit(True, True, True, 100, True, 1200))

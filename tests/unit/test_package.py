@@ -31,7 +31,19 @@ LAYERS = (
         "letters",
         "decoder",
     },
-    {"records", "sql", "database", "pillar", "jobcache", "moments", "pool", "steady", "partitions"},
+    {
+        "moments",
+        "saltevent",
+        "jobload",
+        "records",
+        "sql",
+        "database",
+        "pillar",
+        "jobcache",
+        "pool",
+        "steady",
+        "partitions",
+    },
     {"schema", "stencil", "items", "rows", "blueprint", "folding", "shadow", "backfill", "survey", "purge"},
     {
         "bus",
@@ -62,7 +74,7 @@ FOREIGN = {
     "bus": {"msgpack"},
     "decoder": {"msgpack"},
     "decoding": {"msgpack"},
-    "records": {"msgpack"},
+    "saltevent": {"msgpack"},
 }
 """What a module may import that is neither ours nor the standard library's."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine import journalfile, pending, records
+from salt_mysql_engine import journalfile, pending, saltevent
 from salt_mysql_engine.journal import Journal
 from salt_mysql_engine.journalfile import CONFIRMED, STUB, UNCHECKED, NewEvent
 from salt_mysql_engine.pending import Pending
@@ -37,8 +37,8 @@ def put(journal: Journal) -> Put:
     def append(*bodies: bytes, trusted: bool = True) -> None:
         events = []
         for each in bodies:
-            event = records.open_event(each)
-            assert isinstance(event, records.Opened)
+            event = saltevent.open_event(each)
+            assert isinstance(event, saltevent.Opened)
             assert event.job is not None
             events.append(
                 NewEvent(time.time(), event.job.jid, event.job.minion, each, CONFIRMED if trusted else UNCHECKED)
@@ -69,7 +69,7 @@ def test_a_job_is_told_with_its_load_and_its_returns(tmp_path: Path, put: Put) -
 def test_parts_of_a_job_add_up_and_the_first_return_stands(tmp_path: Path, put: Put) -> None:
     put(
         published(jid(1), ["web1"]),
-        records.minions_event(jid(1), ["of a syndic"]) or b"",
+        saltevent.minions_event(jid(1), ["of a syndic"]) or b"",
         published(jid(1), ["web2"]),
         returned(jid(1), "web1", "first"),
         returned(jid(1), "web1", "second"),
@@ -126,7 +126,7 @@ def test_without_a_local_job_cache_everything_is_told(tmp_path: Path, put: Put) 
 
 def test_what_waits_for_the_job_cache_is_not_told(tmp_path: Path, journal: Journal, put: Put) -> None:
     put(returned(jid(1), "web1"), trusted=False)
-    stub = records.stub(jid(1), "web2", time.time())  # nothing can be told of it without the job cache
+    stub = saltevent.stub(jid(1), "web2", time.time())  # nothing can be told of it without the job cache
     journal.append([NewEvent(time.time(), jid(1), "web2", stub, STUB)])
     assert Pending(master(tmp_path)).job(jid(1)).returns == {}
     assert Pending(master(tmp_path)).jobs() == {}

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from salt_mysql_engine import jsontext, records, settings, sql
-from salt_mysql_engine.records import Ignored, Kind, Opened, Record, Return, Selection, Tag
+from salt_mysql_engine import jobload, jsontext, moments, records, saltevent, settings, sql
+from salt_mysql_engine.records import Record, Return, Selection
+from salt_mysql_engine.saltevent import Ignored, Kind, Opened, Tag
 from tests.unit import values
 
 JID = "20260102030405000006"
@@ -35,7 +36,7 @@ def interpret(tag: str, data: Any, chosen: Selection | None = None) -> Record | 
 
 
 def interpret_body(body: bytes, chosen: Selection | None = None) -> Record | Ignored:
-    event = records.open_event(body)
+    event = saltevent.open_event(body)
     return event if isinstance(event, Ignored) else records.interpret(event, CAPTURED_AT, chosen or selection())
 
 
@@ -89,7 +90,7 @@ def returned(chosen: Selection | None = None, **changes: Any) -> Return:
     ],
 )
 def test_a_tag_names_a_job_or_nothing(tag: str, said: Tag | None) -> None:
-    assert records.parse_tag(tag) == said
+    assert saltevent.parse_tag(tag) == said
 
 
 # A minion's return
@@ -226,7 +227,7 @@ def test_a_stamp_that_cannot_be_used_leaves_the_time_of_capture(stamp: Any) -> N
     assert returned(_stamp=stamp).altered == "2026-01-02 03:04:06.500000"
 
 
-@given(st.datetimes().map(lambda moment: moment.isoformat()) | st.from_regex(records._STAMP, fullmatch=True))
+@given(st.datetimes().map(lambda moment: moment.isoformat()) | st.from_regex(moments._STAMP, fullmatch=True))
 def test_altered_always_has_the_documented_form(stamp: str) -> None:
     assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}", returned(_stamp=stamp).altered, re.ASCII)
 
@@ -404,10 +405,10 @@ def test_a_value_that_skip_values_names_is_in_no_row_and_the_row_says_so(tag: st
     record = interpret(tag, data, selection(skip_values=skip, events=["salt/*"]))
     assert isinstance(record, Record)
     assert record.ret is not None and record.event is not None
-    said = {**data, "return": records.LEFT_OUT}
+    said = {**data, "return": saltevent.LEFT_OUT}
     full_ret = json.loads(record.ret.full_ret_json)
     if tag == JOB_RETURN:
-        assert json.loads(record.ret.return_json) == full_ret["return"] == records.LEFT_OUT
+        assert json.loads(record.ret.return_json) == full_ret["return"] == saltevent.LEFT_OUT
     else:
         assert json.loads(record.ret.return_json) == full_ret["return"] == said
     assert {key: full_ret[key] for key in ("fun", "fun_args", "success")} == {
@@ -417,7 +418,7 @@ def test_a_value_that_skip_values_names_is_in_no_row_and_the_row_says_so(tag: st
     assert "SECRET" not in repr(record) + repr(records.synthesised_load(record.ret))
 
 
-@pytest.mark.parametrize("cut", [records.TRIMMED, {"a": records.TRIMMED}])
+@pytest.mark.parametrize("cut", [saltevent.TRIMMED, {"a": saltevent.TRIMMED}])
 def test_a_value_that_is_left_out_is_not_a_trimmed_one(cut: Any) -> None:
     ret = returned(selection(skip_values=["test.*"]), fun="test.echo", **{"return": cut})
     assert not ret.trimmed and "trimmed" not in json.loads(ret.full_ret_json)
@@ -493,7 +494,7 @@ def test_a_published_load_holds_what_was_published_with_minions_and_missing() ->
     expected = a_publish(_stamp=...)
     expected["Minions"] = expected.pop("minions")
     assert load() == expected
-    assert records.is_published(load())
+    assert jobload.is_published(load())
 
 
 def test_a_load_is_synthesised_from_a_return_without_its_value() -> None:
@@ -502,7 +503,7 @@ def test_a_load_is_synthesised_from_a_return_without_its_value() -> None:
     assert (made["jid"], made["fun"], made["tgt"], made["tgt_type"], made["arg"]) == (
         JID, "test.ping", "web1", "glob", [],
     )  # fmt: skip
-    assert not records.is_published(made)
+    assert not jobload.is_published(made)
 
 
 @pytest.mark.parametrize(
@@ -513,25 +514,25 @@ def test_no_minion_can_pass_its_return_off_as_a_published_load(claim: Any) -> No
     assert isinstance(record, Record)
     assert record.ret is not None
     stored = json.loads(jsontext.dumps(records.synthesised_load(record.ret)))
-    assert not records.is_published(stored)
-    assert records.merged_load(stored, load()) == load()
+    assert not jobload.is_published(stored)
+    assert jobload.merged_load(stored, load()) == load()
 
 
 @pytest.mark.parametrize("stored", [None, [], "x", {}, {"fun": "x"}, a_return()], ids=repr)
 def test_a_published_load_beats_what_is_not_one(stored: Any) -> None:
-    assert records.merged_load(stored, load()) == load()
+    assert jobload.merged_load(stored, load()) == load()
 
 
 def test_the_parts_of_a_batch_job_add_up() -> None:
     first = load(tgt=["web1"], minions=["web1"], missing=["db1"])
     second = load(tgt=["web2"], minions=["web2"], missing=[])
-    merged = records.merged_load(first, second)
+    merged = jobload.merged_load(first, second)
     assert merged == {**first, "tgt": ["web1", "web2"], "Minions": ["web1", "web2"], "missing": ["db1"]}
 
 
 def test_a_load_that_saltext_mysql_stored_keeps_its_keys_and_gains_the_minions() -> None:
     stored = {"cmd": "publish", "jid": JID, "kwargs": {"delimiter": ":"}, "tgt": "*", "fun": "test.ping"}
-    merged = records.merged_load(stored, load())
+    merged = jobload.merged_load(stored, load())
     assert {**merged, **stored} == merged
     assert merged["Minions"] == ["web1", "web2"]
 
@@ -542,8 +543,8 @@ published = st.builds(load, minions=names, missing=names, tgt=values.any_text | 
 
 @given(published | st.none() | st.just({"cmd": "publish"}), published)
 def test_merging_a_load_again_changes_nothing(stored: Any, new: dict[str, Any]) -> None:
-    once = records.merged_load(stored, new)
-    assert records.merged_load(once, new) == once
+    once = jobload.merged_load(stored, new)
+    assert jobload.merged_load(once, new) == once
 
 
 @given(published, published)
@@ -551,8 +552,8 @@ def test_merging_a_load_again_changes_nothing(stored: Any, new: dict[str, Any]) 
 def test_merging_a_load_into_what_was_read_back_from_the_database_changes_nothing(
     first: dict[str, Any], new: dict[str, Any]
 ) -> None:
-    stored = jsontext.dumps(records.merged_load(json.loads(jsontext.dumps(first)), new))
-    again = jsontext.dumps(records.merged_load(json.loads(stored), new))
+    stored = jsontext.dumps(jobload.merged_load(json.loads(jsontext.dumps(first)), new))
+    again = jsontext.dumps(jobload.merged_load(json.loads(stored), new))
     assert again == stored
 
 
@@ -622,7 +623,7 @@ def test_any_return_value_of_a_genuine_return_is_stored_as_its_json(value: Any) 
 
 # Values that Salt trimmed
 
-TRIMMED = records.TRIMMED
+TRIMMED = saltevent.TRIMMED
 
 
 @pytest.mark.parametrize(
@@ -640,7 +641,7 @@ TRIMMED = records.TRIMMED
     ids=lambda value: repr(value)[:40],
 )
 def test_a_value_is_trimmed_where_salt_could_have_trimmed_it(value: Any, trimmed: bool) -> None:
-    assert records.is_trimmed(value) is trimmed
+    assert saltevent.is_trimmed(value) is trimmed
     if not isinstance(value, list) or len(repr(value)) < 1000:
         assert returned(**{"return": value}).trimmed is trimmed
 
@@ -667,16 +668,16 @@ def test_only_a_trimmed_return_can_have_the_mark_at_the_end() -> None:
 
 @given(values.packable, tags)
 def test_what_was_opened_can_be_packed_again_and_means_the_same(value: Any, tag: str) -> None:
-    event = records.open_event(tag.encode() + b"\n\n" + values.packed(a_return(**{"return": value})))
+    event = saltevent.open_event(tag.encode() + b"\n\n" + values.packed(a_return(**{"return": value})))
     if isinstance(event, Ignored):
         return
-    body = records.try_pack(event.tag, event.data)
+    body = saltevent.try_pack(event.tag, event.data)
     assert body is not None
-    again = records.open_event(body)
-    assert isinstance(again, records.Opened)
+    again = saltevent.open_event(body)
+    assert isinstance(again, saltevent.Opened)
     assert (again.tag, again.job, again.trimmed) == (event.tag, event.job, event.trimmed)
     assert jsontext.dumps(again.data) == jsontext.dumps(event.data)
-    assert records.try_pack(again.tag, again.data) == body
+    assert saltevent.try_pack(again.tag, again.data) == body
 
 
 @pytest.mark.parametrize("tag", ["salt/job/\udcff/new", JOB_RETURN])
@@ -684,13 +685,13 @@ def test_what_cannot_be_packed_is_none_and_never_an_exception(tag: str) -> None:
     deep: Any = 1
     for _ in range(2000):
         deep = [deep]
-    assert records.try_pack(tag, a_return(**{"return": deep})) is None
+    assert saltevent.try_pack(tag, a_return(**{"return": deep})) is None
 
 
 @given(values.packable)
 def test_any_event_can_be_described_in_json(value: Any) -> None:
     body = JOB_RETURN.encode() + b"\n\n" + values.packed(a_return(**{"return": value}))
-    described = records.describe(body)
+    described = saltevent.describe(body)
     assert values.strict_json(json.dumps(described, allow_nan=False)) == described
     assert described.keys() in ({"tag", "data"}, {"bytes"})
 
@@ -700,8 +701,8 @@ def test_any_event_can_be_described_in_json(value: Any) -> None:
 
 @given(tags, payloads, chosen_selections)
 def test_what_is_refused_is_no_row_of_a_job_and_all_else_is(tag: str, payload: bytes, chosen: Selection) -> None:
-    event = records.open_event(tag.encode() + b"\n\n" + payload)
-    if not isinstance(event, records.Opened) or chosen.is_of_peer(event.data):
+    event = saltevent.open_event(tag.encode() + b"\n\n" + payload)
+    if not isinstance(event, saltevent.Opened) or chosen.is_of_peer(event.data):
         return
     outcome = records.interpret(event, CAPTURED_AT, chosen)
     is_row = isinstance(outcome, Record) and (outcome.load is not None or outcome.ret is not None)
@@ -721,8 +722,8 @@ def test_a_long_id_keeps_its_return_where_events_are_stored_too(length: int) -> 
 
 @pytest.mark.parametrize(("clock", "altered"), [(0.0, "1970-01-02"), (4e9, "2037-12-31"), (1e300, "2037-12-31")])
 def test_a_clock_that_no_timestamp_has_is_stored_as_the_nearest(clock: float, altered: str) -> None:
-    event = records.open_event(JOB_RETURN.encode() + b"\n\n" + values.packed(a_return(_stamp=...)))
-    assert isinstance(event, records.Opened)
+    event = saltevent.open_event(JOB_RETURN.encode() + b"\n\n" + values.packed(a_return(_stamp=...)))
+    assert isinstance(event, saltevent.Opened)
     record = records.interpret(event, clock, selection())
     assert isinstance(record, Record)
     assert record.ret is not None
@@ -730,8 +731,8 @@ def test_a_clock_that_no_timestamp_has_is_stored_as_the_nearest(clock: float, al
 
 
 def test_what_msgpack_has_no_form_for_is_packed_as_its_text() -> None:
-    body = records.try_pack("tag", {"a": {1}, "b": datetime.datetime(2026, 3, 29, 1, 30)})  # noqa: DTZ001 (as Salt's)
+    body = saltevent.try_pack("tag", {"a": {1}, "b": datetime.datetime(2026, 3, 29, 1, 30)})  # noqa: DTZ001 (as Salt's)
     assert body is not None
-    event = records.open_event(body)
+    event = saltevent.open_event(body)
     assert isinstance(event, Opened)
     assert event.data == {"a": "{1}", "b": datetime.datetime(2026, 3, 29, 1, 30)}  # noqa: DTZ001

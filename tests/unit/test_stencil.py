@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
-from salt_mysql_engine import records, settings, sql
-from salt_mysql_engine.records import Opened, Record, Selection
+from salt_mysql_engine import records, saltevent, settings, sql
+from salt_mysql_engine.records import Record, Selection
+from salt_mysql_engine.saltevent import Opened
 from salt_mysql_engine.stencil import Stencils
 from tests.support.shipping import jid
 
@@ -42,7 +43,7 @@ def body(job: str = jid(1), minion: str = "web1", *, tag: str | None = None, **c
 
 
 def long_way(event: bytes) -> bytes | None:
-    opened = records.open_event(event)
+    opened = saltevent.open_event(event)
     record = records.interpret(opened, 0.0, SELECTION) if isinstance(opened, Opened) else None
     return sql.return_row(record.ret) if isinstance(record, Record) and record.ret else None
 
@@ -50,7 +51,7 @@ def long_way(event: bytes) -> bytes | None:
 def taught(*events: bytes, times: int = 40, selection: Selection = SELECTION) -> Stencils:
     stencils = Stencils(selection)
     for event in itertools.chain.from_iterable(itertools.repeat(events, times)):
-        opened = records.open_event(event)
+        opened = saltevent.open_event(event)
         record = records.interpret(opened, 0.0, selection) if isinstance(opened, Opened) else None
         if isinstance(record, Record) and stencils.cut(event) is None:
             stencils.learn(event, record)
@@ -158,7 +159,7 @@ def test_a_few_returns_or_large_ones_teach_nothing() -> None:
 
 
 def test_a_trimmed_return_and_one_whose_event_is_stored_have_no_stencil() -> None:
-    trimmed = body(**{"return": {"a": records.TRIMMED}})
+    trimmed = body(**{"return": {"a": saltevent.TRIMMED}})
     assert taught(trimmed).cut(trimmed) is None
     choosy = Selection(settings.combine({"events": ["salt/job/*"]}, {}), master_id="master")
     assert taught(body(), selection=choosy).cut(body()) is None
@@ -169,7 +170,7 @@ def test_what_was_learnt_is_forgotten_when_it_is_too_much() -> None:
     events = [body(fun=f"test.fun{number:04d}", **{"return": "x" * number * 20}) for number in range(1, 600)]
     for event in events:
         for _ in range(40):
-            opened = records.open_event(event)
+            opened = saltevent.open_event(event)
             assert isinstance(opened, Opened)
             record = records.interpret(opened, 0.0, SELECTION)
             assert isinstance(record, Record)
@@ -269,7 +270,7 @@ def test_learning_never_fails_an_event() -> None:
         def _learn(self, *_: Any) -> None:
             raise ZeroDivisionError
 
-    opened = records.open_event(body())
+    opened = saltevent.open_event(body())
     assert isinstance(opened, Opened)
     record = records.interpret(opened, 0.0, SELECTION)
     assert isinstance(record, Record)
