@@ -248,29 +248,38 @@ class Rows:
         jids = [jid for jid in of_jobs if jid not in self._known_jobs and (jid not in published or jid in alone)]
         made = await _made(self._load_of_return, [of_jobs[jid] for jid in jids])
         new = dict(zip(jids, made, strict=True))
-        changed: set[str] = set()
         looked_for = sorted({**published, **new} if "jids" not in self._shape.unique else published)
+        stored = await self._stored_loads(looked_for)
+        changed = await self._merge(published, stored)
+        for jid in published.keys() - stored.keys():
+            if jid not in alone:
+                new[jid] = published[jid]
+                changed.add(jid)
+            elif jid in of_jobs:
+                new[jid] = jobload.merged_load(new.get(jid) or self._load_of_return(of_jobs[jid]), published[jid])
+        head = sql.INSERT_LOADS_WITH_COLUMNS if self._shape.job_columns else sql.INSERT_LOADS
+        rows = await _made(lambda jid: self._load_row(jid, new[jid]), sorted(new.keys() - stored.keys()))
+        if await self._insert(head, rows, sql.KEEP_LOADS) < len(rows):  # one came since the look; now it is locked
+            changed |= await self._merge(published, await self._stored_loads(sorted(published.keys() - stored.keys())))
+        self.jobs = {*of_jobs, *published} - (alone - of_jobs.keys())
+        return changed
+
+    async def _stored_loads(self, jids: Sequence[str]) -> dict[str, str]:
         stored: dict[str, str] = {}
-        for start in range(0, len(looked_for), sql.MAX_KEYS):
-            found = await self._session.query(sql.select_loads(looked_for[start : start + sql.MAX_KEYS]))
+        for start in range(0, len(jids), sql.MAX_KEYS):
+            found = await self._session.query(sql.select_loads(jids[start : start + sql.MAX_KEYS]))
             stored.update(reversed(found))  # of several, the first stands
-        for jid, load in published.items():
-            if jid not in stored:
-                if jid not in alone:
-                    new[jid] = load
-                    changed.add(jid)
-                elif jid in of_jobs:
-                    new[jid] = jobload.merged_load(new.get(jid) or self._load_of_return(of_jobs[jid]), load)
-                continue
-            better = jobload.merged_load(_parsed(stored[jid]), load)
+        return stored
+
+    async def _merge(self, published: dict[str, dict[str, Any]], stored: dict[str, str]) -> set[str]:
+        """Merges what was published into what stands; gives the jids whose row changed."""
+        changed: set[str] = set()
+        for jid in sorted(published.keys() & stored.keys()):
+            better = jobload.merged_load(_parsed(stored[jid]), published[jid])
             text = self._text(jsontext.dumps(better))
             if text != stored[jid]:
                 await self._session.execute(sql.update_load(jid, text, self._columns(better)))
                 changed.add(jid)
-        head = sql.INSERT_LOADS_WITH_COLUMNS if self._shape.job_columns else sql.INSERT_LOADS
-        rows = await _made(lambda jid: self._load_row(jid, new[jid]), sorted(new.keys() - stored.keys()))
-        await self._insert(head, rows, sql.KEEP_LOADS)
-        self.jobs = {*of_jobs, *published} - (alone - of_jobs.keys())
         return changed
 
     def _load_row(self, jid: str, load: dict[str, Any]) -> bytes:

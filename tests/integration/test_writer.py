@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from salt_mysql_engine import jobload, moments, records, saltevent, settings, writer
+from salt_mysql_engine import database as database_module
+from salt_mysql_engine import jobload, moments, records, saltevent, settings, sql, writer
 from salt_mysql_engine.errors import OperatorNeeded
 from tests.support.oldtables import make_version_1
 from tests.support.scratch import Scratch
@@ -158,6 +159,30 @@ async def test_a_published_load_beats_a_synthesised_one_in_any_order(
         "Minions": ["web1", "web2"],
         "missing": [],
     }
+
+
+@pytest.mark.parametrize("from_elsewhere", [{"fun": "test.ping", "id": "web1", "return": 1}, {"cmd": "publish"}])
+async def test_a_job_that_another_writes_between_the_look_and_the_insert_is_merged_all_the_same(
+    database: Scratch, shipping: Make, monkeypatch: pytest.MonkeyPatch, from_elsewhere: dict[str, object]
+) -> None:
+    query, looks = database_module.Session.query, []
+
+    async def looked(session: database_module.Session, statement: bytes) -> list[tuple[object, ...]]:
+        found = await query(session, statement)
+        if statement == sql.select_loads([jid(1)]) and not looks:
+            text = json.dumps({"jid": jid(1), **from_elsewhere})
+            database.sql("INSERT INTO jids (jid, `load`) VALUES (%s, %s)", jid(1), text)
+            looks.append(found)
+        return found
+
+    monkeypatch.setattr(database_module.Session, "query", looked)
+    async with shipping() as ship:
+        await ship.ship(published(jid(2), ["web1"]))  # the tables are there
+        books = await ship.ship(published(jid(1), ["web1", "web2"], tgt="web*", user="sudo_alice"))
+        assert (books["written"], books["dead_letters"]) == (2, 0)
+    assert looks == [[]]
+    merged = load(database, jid(1))
+    assert (merged["Minions"], merged["tgt"], merged["user"]) == (["web1", "web2"], "web*", "sudo_alice")
 
 
 async def test_a_return_does_not_touch_a_published_load(database: Scratch, shipping: Make) -> None:
