@@ -415,6 +415,7 @@ class EngineAgainstAModel(RuleBasedStateMachine):
     @rule(how=st.sampled_from(["done", "undone"]))
     def the_answer_to_a_commit_is_lost(self, how: str) -> None:
         self.store.lose_commit = how
+        self.publish_a_job(1)  # there is something to commit
         self.run_for(1.5)
 
     @rule()

@@ -8,6 +8,7 @@ was handed over is in the journal or in that file, once, or was counted.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -34,6 +35,7 @@ MIB = 1024 * 1024
 CAP = 24 * MIB
 SIZES = [10] * 20 + [2_000] * 4 + [40_000] * 2 + [300_000]
 PATIENCE = 60.0
+FORKS = "forks.lock"
 
 
 def opts(cachedir: Path) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def worker(cachedir: Path, ledgers: Path) -> None:
         if verb == "hand":
             for size in sizes:
                 ledger.hand(hand, size)
-        elif verb == "fork" and os.fork() == 0:
+        elif verb == "fork" and forked(cachedir.parent / FORKS):
             os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # whoever waits for its parent's end need not wait for its own
             hand, ledger = spool.of(opts(cachedir)), Ledger(ledgers)
             for size in sizes:
@@ -97,6 +99,16 @@ def worker(cachedir: Path, ledgers: Path) -> None:
                 time.sleep(0.01)
         ledger.say_whether_all_is_written(hand)
         print("done", flush=True)
+
+
+def forked(lock: Path) -> bool:
+    """Forks; whether this is the child, which shares a lock for as long as it lives."""
+    fd = os.open(lock, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    if os.fork() == 0:
+        return True
+    os.close(fd)
+    return False
 
 
 def engine(cachedir: Path, shipped: Path) -> None:
@@ -173,6 +185,7 @@ class Machine:
     def __init__(self, disk: Path, beside: Path, seed: int) -> None:
         self.cachedir, self.disk = disk / "cache", disk
         self.cachedir.mkdir()
+        (disk / FORKS).touch()
         self.ledgers, self.shipped = beside / "ledgers", beside / "shipped"
         self.ledgers.mkdir()
         self.dice = random.Random(seed)
@@ -256,6 +269,8 @@ class Machine:
             return
         for each in self.workers:
             each.ask("catch up")
+        with (self.disk / FORKS).open() as forks:  # these end before they would notice
+            fcntl.flock(forks, fcntl.LOCK_EX)
         while not self.engine.ask("is all taken?"):
             time.sleep(0.01)
         for each in self.workers:
