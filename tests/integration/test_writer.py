@@ -871,7 +871,7 @@ async def test_an_event_at_which_the_writer_fails_is_one_dead_letter_and_its_nei
             raise OfOurs("seven")
         return genuine(load)
 
-    monkeypatch.setattr(records, "job_columns", columns)
+    monkeypatch.setattr(jobload, "job_columns", columns)
     async with shipping() as ship:
         books = await ship.ship(*returns(20))
         assert (books["written"], books["dead_letters"]) == (19, 1)
@@ -889,7 +889,7 @@ async def test_faults_that_come_event_after_event_do_not_bury_what_waits(
 
     async with shipping(flush_interval=0.01) as ship:
         with monkeypatch.context() as patch:
-            patch.setattr(records, "job_columns", fail)
+            patch.setattr(jobload, "job_columns", fail)
             await ship.take(*returns(100))
             await ship.until(lambda: ship.writer.failing)
         await ship.until(lambda: ship.journal.pending == 0)
