@@ -30,6 +30,7 @@ from salt_mysql_engine import journalfile, saltevent
 from salt_mysql_engine.errors import JournalError
 from salt_mysql_engine.journal import Caps, DeadLetter, Entry, Journal, NewEvent, Settlement
 from salt_mysql_engine.journalfile import CONFIRMED, STUB, UNCHECKED
+from tests.support.oldjournals import FORMAT_2
 
 STATES = (UNCHECKED, CONFIRMED, STUB)
 
@@ -1059,42 +1060,7 @@ PRAGMA application_id = 0x53414C54;
 PRAGMA user_version = 1;
 """
 
-_FORMAT_2 = """
-PRAGMA auto_vacuum = INCREMENTAL;
-PRAGMA journal_mode = WAL;
-CREATE TABLE events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    trusted INTEGER NOT NULL DEFAULT 0
-);
-CREATE INDEX events_by_job ON events (jid, minion);
-CREATE TABLE waiting (
-    seq INTEGER PRIMARY KEY,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    since REAL NOT NULL
-);
-CREATE INDEX waiting_by_job ON waiting (jid, minion);
-CREATE TABLE dead_letters (
-    seq INTEGER PRIMARY KEY,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    error TEXT NOT NULL,
-    failed_at REAL NOT NULL,
-    reason TEXT NOT NULL DEFAULT 'refused'
-);
-CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE identity (uuid BLOB NOT NULL);
-INSERT INTO identity VALUES (X'0102030405060708');
+_FORMAT_2 = f"""{FORMAT_2}
 INSERT INTO events (seq, captured_at, jid, minion, body) VALUES (9, 9.5, 'gone', 'm', X'00');
 DELETE FROM events;
 INSERT INTO events VALUES
@@ -1107,8 +1073,6 @@ INSERT INTO counters VALUES
     ('captured', 30), ('written', 13), ('duplicates', 3), ('ignored.peer', 4), ('dropped.journal_full', 3),
     ('trimmed', 2);
 INSERT INTO marks VALUES ('verified_through', 7.0), ('reconciled_at', 42.5);
-PRAGMA application_id = 0x53414C54;
-PRAGMA user_version = 2;
 """
 
 

@@ -21,6 +21,7 @@ from salt_mysql_engine import salvage
 from salt_mysql_engine.errors import JournalError
 from salt_mysql_engine.journal import Caps, DeadLetter, Entry, Journal, NewEvent, Settlement
 from salt_mysql_engine.journalfile import CONFIRMED, STUB, UNCHECKED
+from tests.support.oldjournals import FORMAT_2
 
 PAGE = 4096
 EVENTS, DEAD = 1400, 200
@@ -553,47 +554,6 @@ def test_a_salvage_for_which_there_is_no_room_is_tried_again_and_loses_nothing_m
 
 # Older formats
 
-_FORMAT_2 = """
-PRAGMA auto_vacuum = INCREMENTAL;
-PRAGMA journal_mode = WAL;
-CREATE TABLE events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    trusted INTEGER NOT NULL DEFAULT 0
-);
-CREATE INDEX events_by_job ON events (jid, minion);
-CREATE TABLE waiting (
-    seq INTEGER PRIMARY KEY,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    since REAL NOT NULL
-);
-CREATE INDEX waiting_by_job ON waiting (jid, minion);
-CREATE TABLE dead_letters (
-    seq INTEGER PRIMARY KEY,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    error TEXT NOT NULL,
-    failed_at REAL NOT NULL,
-    reason TEXT NOT NULL DEFAULT 'refused'
-);
-CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE identity (uuid BLOB NOT NULL);
-INSERT INTO identity VALUES (X'0102030405060708');
-INSERT INTO marks VALUES ('verified_through', 900.0), ('reconciled_at', 7.0);
-PRAGMA application_id = 0x53414C54;
-PRAGMA user_version = 2;
-"""
-
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Whole:
@@ -602,7 +562,8 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder.mkdir()
     held: dict[str, dict[int, tuple[object, ...]]] = {"events": {}, "waiting": {}, "dead_letters": {}}
     with closing(sqlite3.connect(folder / "journal.sqlite")) as db:
-        db.executescript(_FORMAT_2)
+        db.executescript(FORMAT_2)
+        db.execute("INSERT INTO marks VALUES ('verified_through', 900.0), ('reconciled_at', 7.0)")
         for seq in range(1, 1001):
             row = (seq, 1e9 + seq, f"j{seq % 100}", f"m{seq}", body(seq))
             if seq % 5 == 1:
