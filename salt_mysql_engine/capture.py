@@ -177,7 +177,7 @@ class Capture:
         dropped = self.dropped
         try:
             taken = await self._in_journal(lambda: self._journal.append(self._group, dropped=dropped))
-        except Exception:
+        except Exception:  # whatever it is, none of the group is in the journal (after a cancellation it may be)
             self._group, self._held = [], self._group + self._held
             self._some.set()
             raise

@@ -189,7 +189,7 @@ class Control:
             return {"result": await verb.function(**request)}
         except EngineError as exc:
             return {"error": str(exc)}
-        except Exception as exc:
+        except Exception as exc:  # a fault of one verb must not end the connection, nor the engine
             log.exception("The control verb failed")
             return {"error": f"{type(exc).__name__}: {exc}; the master's log has more"}
 

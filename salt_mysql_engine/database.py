@@ -296,7 +296,7 @@ class Session:
         except asyncio.TimeoutError:
             self.close()
             raise AnswerTimeout(f"{self.host}: no answer within {self.statement_timeout:g} s") from None
-        except Exception as exc:
+        except Exception as exc:  # of any kind: a server that answers nonsense makes the driver raise anything
             error = translate(exc, self.host)
             if not isinstance(error, RowsRejected) or not self.usable:
                 self.close()

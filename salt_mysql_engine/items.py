@@ -107,7 +107,7 @@ class Maker:
                 key, row = cut
                 return Item(seq, captured_at, Plain(key, body, self.selection), row, b"", len(row))
             return self._made(seq, captured_at, body, event or saltevent.open_event(body))
-        except Exception as exc:
+        except Exception as exc:  # whatever strangers sent, it costs this event alone
             log.exception("An event cannot be made a row, and goes to the dead letters")
             return Item(seq, captured_at, None, error=f"{type(exc).__name__}: {exc}")
 

@@ -185,7 +185,7 @@ class Reconciler:
                     await self._in_journal(self._journal.set_mark, _MARK, began)
                     self._clocks = began, began_monotonic
                 break
-            except Exception as exc:
+            except Exception as exc:  # whatever it is, what was asked for is still to be done
                 if isinstance(exc, (DatabaseError, sqlite3.Error)):
                     log.debug("Reconciling is put off: %s", exc)
                 elif self.now.error != str(exc):  # a fault of ours: what was asked for is tried again all the same

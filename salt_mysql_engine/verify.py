@@ -377,7 +377,7 @@ class Verifier:
             return self._sure(Checked(entry, saltevent.open_event(entry.body)))
         except saltevent.TooManyObjects:
             raise
-        except Exception as exc:
+        except Exception as exc:  # whatever strangers sent, the next event must be looked at
             log.exception("An event cannot be taken apart, and goes to the dead letters")
             return Checked(entry, Ignored.UNDECODABLE, f"{type(exc).__name__}: {exc}")
 

@@ -9,6 +9,7 @@ waits for the disk, and so does who waits for its locks: the longest sync of a s
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import datetime
 import os
@@ -123,7 +124,7 @@ async def _purge(mysql: Mapping[str, Any], before: float, *, whole_days: bool = 
         return {**done, "seconds": time.monotonic() - began}
 
 
-class _Statements:
+class _Statements(abc.ABC):
     """A client in a thread that does something again and again while this is open. ``ms``: what its statements took."""
 
     def __init__(self, mysql: Mapping[str, Any]) -> None:
@@ -163,9 +164,9 @@ class _Statements:
             self._error = exc
         self.seconds = time.monotonic() - began
 
+    @abc.abstractmethod
     def _step(self, connection: Any, cursor: Any) -> None:
-        """One round of what this client does, timed; each kind of client has its own."""
-        raise NotImplementedError
+        """One round of what this client does, timed."""
 
     def _timed(self, work: Callable[[], Any]) -> Any:
         began = time.perf_counter()
