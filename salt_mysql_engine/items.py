@@ -125,7 +125,8 @@ class Maker:
             return Item(
                 seq, captured_at, Plain((ret.jid, ret.id), body, self.selection, data), return_row, b"", len(return_row)
             )
-        event_row = sql.event_row(stored, self.selection.master_id, self._event_key(seq)) if stored else b""
+        master = self.selection.master_id
+        event_row = sql.event_row(stored, master, stored.key or self._event_key(seq)) if stored else b""
         # A load's text is made when it has met the one that stands; until then its event's size will do.
         size = len(return_row) + len(event_row) + (len(body) if load else 0)
         return Item(seq, captured_at, record, return_row, event_row, size)

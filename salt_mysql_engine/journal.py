@@ -19,9 +19,10 @@ Invariants
 Recovery
     SQLite replays its own WAL at opening. ``synchronous=NORMAL``: a commit survives ``kill -9`` of
     the process at once, and a power cut once SQLite has next synced its WAL. A power cut can take the
-    newest commits, never the file's consistency. A file that SQLite finds corrupt, at opening or later,
-    goes on in a new one with what can be read of it; so does one that somebody deletes while it is in
-    use, with Salt's whole cache perhaps (``mending.py``).
+    newest commits, never the file's consistency; numbers that were given in them are not given
+    again. A file that SQLite finds corrupt, at opening or later, goes on in a new one with what can be
+    read of it; so does one that somebody deletes while it is in use, with Salt's whole cache perhaps
+    (``mending.py``).
 
 One engine at a time: an exclusive lock on ``lock`` beside the file, freed by the kernel at death. Its process alone
 opens the file; what others hand over comes by spool files (``intake.py``). All calls block; the engine makes them in
@@ -53,6 +54,8 @@ _LOG_BYTES = 4 * journalfile.WAL_BYTES
 """A write-ahead log beyond this counts for the cap."""
 _WARN_SHARE, _CALM_SHARE = 0.8, 0.6
 _DROP_ROWS = 256
+_BOOT = "boot"
+"""The note of the system's run in which numbers were given last."""
 
 
 def _up_to(max_bytes: int) -> str:
@@ -117,6 +120,8 @@ class Journal(MendedFile):
         self._checkpoint_at = 0.0
         self._warned = False
         self._uuid = b""
+        self._boot = journalfile.boot()
+        self._numbers_are_sure = False
 
     @mended
     def append(self, events: Sequence[NewEvent], *, dropped: int = 0, may_wait: bool = False) -> int:
@@ -376,7 +381,10 @@ class Journal(MendedFile):
     def set_note(self, name: str, value: str) -> None:
         """Writes a text that must be known after a restart."""
         with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, value))
+            self._set_note(name, value)
+
+    def _set_note(self, name: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, value))
 
     @mended
     def marks(self, prefix: str) -> dict[str, float]:
@@ -557,7 +565,11 @@ class Journal(MendedFile):
     def _transaction(self) -> Any:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
+            if not self._numbers_are_sure:
+                journalfile.number_on(self._db)
+                self._set_note(_BOOT, self._boot)
             yield
+        self._numbers_are_sure = True
         if time.monotonic() >= self._checkpoint_at:
             self._empty_log()
 
@@ -579,6 +591,8 @@ class Journal(MendedFile):
         uuids = self._db.execute("SELECT uuid FROM identity").fetchall()
         salvage.require(len(uuids) == 1 and type(uuids[0][0]) is bytes and len(uuids[0][0]) == 8, "identity")
         ((self._uuid,),) = uuids
+        said = self._db.execute("SELECT value FROM notes WHERE name = ?", (_BOOT,)).fetchone()
+        self._numbers_are_sure = bool(self._boot) and said == (self._boot,)
         self.pending = self._pending()
         salvage.require(self.pending >= 0, "counters")
         self._measure()

@@ -94,6 +94,8 @@ CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
 PAGE_BYTES = 4096
 ROW_BYTES = 150
 """What an event takes in the file beside its body, in the table and its index."""
+NEVER_USED = 1_000_000
+"""So far ahead numbering goes on where numbers may be lost that were used: more than there are in a moment."""
 RESERVE_BYTES = 16 * 1024 * 1024
 WAL_BYTES = 4 * 1024 * 1024
 """From this size on the engine empties the write-ahead log."""
@@ -216,6 +218,20 @@ def identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return its.st_dev, its.st_ino
+
+
+def boot() -> str:
+    """What tells this run of the system from any other; nothing where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def number_on(db: sqlite3.Connection) -> None:
+    """Leaves out numbers, inside the caller's transaction: a power cut may have taken the newest commits, and MySQL
+    has what was numbered in them."""
+    db.execute("UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'events'", (NEVER_USED,))
 
 
 def leave_room_to_settle(db: sqlite3.Connection, path: Path) -> None:

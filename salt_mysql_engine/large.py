@@ -108,7 +108,7 @@ def parts_of(
         if refused:
             pass
         elif fit.event_key:
-            event_row = sql.event_row(stored, master_id, event_key)
+            event_row = sql.event_row(stored, master_id, stored.key or event_key)
         else:
             event_json = text(stored.data_json).encode()
     about = [key, length, digest, trimmed, load and load.jid, event, refused]

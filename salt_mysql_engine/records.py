@@ -52,11 +52,12 @@ class Return(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A row of ``salt_events``."""
+    """A row of ``salt_events``. ``key``: by what it is known when it comes again, where it brings that along."""
 
     tag: str
     data_json: str
     altered: str
+    key: bytes = b""
 
 
 class Record(NamedTuple):
@@ -127,7 +128,7 @@ def interpret(event: Opened, captured_at: float, selection: Selection) -> Record
 
     ``captured_at`` (seconds since the epoch) is the row's time when the event has no ``_stamp``.
     """
-    tag, job_tag, data, trimmed, chosen = event
+    tag, job_tag, data, trimmed, chosen, key = event
     if selection.is_of_peer(data):
         return Ignored.PEER
     if "return" in data and selection.leaves_out(data.get("fun")):
@@ -135,7 +136,7 @@ def interpret(event: Opened, captured_at: float, selection: Selection) -> Record
     chosen = chosen or selection.wants_event(tag)
     altered = moments.altered_at(data.get("_stamp"), captured_at)
     # A long tag is cut, as a long function is: the row of an event must not take the job's along.
-    stored = Event(tag[:MAX_NAME_CHARACTERS], jsontext.dumps(data), altered) if chosen else None
+    stored = Event(tag[:MAX_NAME_CHARACTERS], jsontext.dumps(data), altered, key) if chosen else None
     job = _job_rows(job_tag, data, altered, selection, trimmed)
     if isinstance(job, Record):
         return job if stored is None else job._replace(event=stored)

@@ -24,6 +24,8 @@ SEPARATOR = b"\n\n"
 PRIVATE = "mysql_jobcache/"
 """Tags that begin so are our own, and stand for what no event of Salt's says. Capture leaves such events of the bus."""
 _MINIONS_TAG, _CHOSEN_TAG = f"{PRIVATE}minions/", f"{PRIVATE}event/"
+_KEYED = re.compile(rf"{PRIVATE}keyed/([0-9a-f]{{32}})/(.*)", re.DOTALL)
+EVENT_KEY_BYTES = 16
 
 MAX_TAG_BYTES = 1024
 MAX_FUN_CHARACTERS = 255
@@ -117,7 +119,7 @@ class Opened(NamedTuple):
     """An event's parts: its tag, what that says (``None``: no job of anybody's), its payload.
 
     ``trimmed``: the payload has a value that Salt replaced, being larger than ``max_event_size``. ``chosen``: it is
-    for ``salt_events`` whatever the settings say, and for nothing else.
+    for ``salt_events`` whatever the settings say, and for nothing else, under this ``key`` if it has one.
     """
 
     tag: str
@@ -125,6 +127,7 @@ class Opened(NamedTuple):
     data: dict[str, Any]
     trimmed: bool
     chosen: bool = False
+    key: bytes = b""
 
 
 def open_event(body: bytes) -> Opened | Ignored:
@@ -140,6 +143,8 @@ def open_event(body: bytes) -> Opened | Ignored:
     if tag.startswith(PRIVATE):
         if tag.startswith(_CHOSEN_TAG):
             return Opened(tag[len(_CHOSEN_TAG) :], None, data, trimmed=False, chosen=True)
+        if keyed := _KEYED.fullmatch(tag):
+            return Opened(keyed[2], None, data, trimmed=False, chosen=True, key=bytes.fromhex(keyed[1]))
         return Opened(tag, Tag(Kind.MINIONS, tag[len(_MINIONS_TAG) :], ""), data, trimmed=False)
     job = parse_tag(tag)
     # Of a publish it is the list of minions, where they are a hundred thousand.
@@ -189,6 +194,12 @@ def cut(body: bytes, captured_at: float) -> bytes:
 def minions_event(jid: str, minions: list[str]) -> bytes | None:
     """The event that adds minions to a job."""
     return try_pack(f"{_MINIONS_TAG}{jid}", {"jid": jid, "minions": minions})
+
+
+def keyed_event(body: bytes, key: bytes) -> bytes:
+    """An event's bytes as one that is for ``salt_events`` alone, and is there once under its key however often it
+    comes: one that is handed over may be taken twice, by a journal that lost how far it came."""
+    return f"{PRIVATE}keyed/{key.hex()}/".encode() + body
 
 
 def chosen_event(body: bytes) -> bytes:

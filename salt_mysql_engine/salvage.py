@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .journalfile import NEVER_USED
+
 BROKEN = (sqlite3.DatabaseError, UnicodeDecodeError)
 """What a damaged file raises: also where SQLite's message quotes a damaged name, which Python then cannot decode."""
 
@@ -35,8 +37,6 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "seq": int, "captured_at": float, "jid": str, "minion": str, "body": bytes, "state": int,
     "error": str, "failed_at": float, "reason": str, "name": str, "value": (int, float), "uuid": bytes,
 }  # fmt: skip
-_NEVER_USED = 1_000_000
-"""So far ahead the new file begins to number: what was lost may have been numbered already."""
 
 
 class Report(NamedTuple):
@@ -97,7 +97,7 @@ def copy(source: Path, into: sqlite3.Connection) -> Report:
             _copy_table(old, into, "notes", "name", "value", text=True)
     highest = [into.execute(f"SELECT COALESCE(MAX(seq), 0) FROM {table}").fetchone()[0] for table in saved]
     into.execute("DELETE FROM sqlite_sequence")
-    into.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", (max(last or 0, *highest) + _NEVER_USED,))
+    into.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", (max(last or 0, *highest) + NEVER_USED,))
     return Report(saved["events"], saved["dead_letters"], _balance(into, sum(saved.values())))
 
 

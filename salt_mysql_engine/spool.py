@@ -270,7 +270,8 @@ class HandOff:
             tag, data = event.get("tag"), event.get("data")
             if isinstance(tag, str) and isinstance(data, dict):
                 body = saltevent.try_pack(tag, data)
-                self._append("", "", None if body is None else saltevent.chosen_event(body))
+                key = os.urandom(saltevent.EVENT_KEY_BYTES)
+                self._append("", "", None if body is None else saltevent.keyed_event(body, key))
 
     def keep_out(self, jid: str) -> None:
         """The job of this jid asks not to be stored (``nocache``)."""

@@ -287,6 +287,28 @@ async def test_event_return_stores_its_events_and_makes_no_job_of_them(
     assert not database.rows("salt_returns")
 
 
+@pytest.mark.parametrize("after", ["a power cut", "a deleted folder"])
+async def test_an_event_that_is_handed_over_and_taken_twice_is_one_row(
+    database: Scratch, shipping: Make, hand: HandOff, tmp_path: Path, after: str
+) -> None:
+    """The journal has lost how far it came, and the spool file has not, or its process makes it again."""
+    hand.events([{"tag": "my/small", "data": {"number": number}} for number in range(3)])
+    hand.events([{"tag": "my/large", "data": {"text": "x" * 300_000}}, {"tag": "my/small", "data": {"number": 0}}])
+    shutil.copytree(folder(tmp_path), tmp_path / "on disk")
+    async with shipping("mysql_jobcache", handed_off=True) as ship:
+        assert (await ship.handed_over())["written"] == 5
+    shutil.rmtree(folder(tmp_path))
+    if after == "a power cut":
+        (tmp_path / "on disk").rename(folder(tmp_path))
+    else:
+        hand.events([{"tag": "my/last", "data": {}}])
+    async with shipping("mysql_jobcache", handed_off=True) as ship:
+        assert (await ship.handed_over())["duplicates"] == 5
+    rows = [(row["tag"], json.loads(row["data"]).get("number")) for row in database.rows("salt_events")]
+    assert sorted(row for row in rows if row[0] == "my/small") == [("my/small", number) for number in (0, 0, 1, 2)]
+    assert len(rows) == (5 if after == "a power cut" else 6)
+
+
 async def test_a_job_that_asked_not_to_be_kept_is_not(database: Scratch, shipping: Make, hand: HandOff) -> None:
     hand.keep_out(jid(1))
     hand.returned(return_data(jid(1), "web1"))

@@ -328,6 +328,29 @@ def test_event_keys_are_the_same_after_reopening_and_no_other_journals(journal: 
     other.close()
 
 
+def test_numbers_that_a_power_cut_took_are_not_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their events are in MySQL: others under the same key would be taken for these, and be nowhere."""
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    journal.append(events(3))
+    shutil.copytree(tmp_path / "journal", tmp_path / "on disk")
+    journal.append(events(3))
+    gone = {journal.event_key(entry.seq) for entry in everything(journal)[3:]}
+    journal.close()
+    monkeypatch.setattr(journalfile, "boot", lambda: "another run")
+    journal = Journal(tmp_path / "on disk")
+    journal.open()
+    journal.append(events(3))
+    assert [entry.seq for entry in everything(journal)[:3]] == [1, 2, 3]
+    assert gone.isdisjoint(journal.event_key(entry.seq) for entry in everything(journal))
+    last = journal.newest_seq()
+    journal.close()
+    journal.open()  # in the same run of the system nothing is lost
+    journal.append(events(1))
+    assert journal.newest_seq() == last + 1
+    journal.close()
+
+
 # Any sequence
 
 REASONS = ("refused", "fault", "unconfirmed")
@@ -1111,7 +1134,8 @@ def test_a_journal_of_format_1_is_upgraded_and_keeps_everything(
         journal.open()
     assert caplog.text.count("was upgraded from format 1 to 2") == 1
     assert caplog.text.count("was upgraded from format 2 to 3") == 1
-    works_on(journal, [(2, UNCHECKED), (3, UNCHECKED), (4, STUB), (5, UNCHECKED)])
+    next_ = journalfile.NEVER_USED + 4  # in which run of the system the older one gave numbers, nobody knows
+    works_on(journal, [(2, UNCHECKED), (3, UNCHECKED), (next_, STUB), (next_ + 1, UNCHECKED)])
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (journalfile.FORMAT,)
     journal.close()
@@ -1180,7 +1204,8 @@ def test_a_journal_of_format_2_is_upgraded_and_what_waited_is_in_its_place_again
     assert "format 1" not in caplog.text
     assert journal.salvaged == ""
     before = [(2, UNCHECKED), (5, CONFIRMED), (6, UNCHECKED), (7, UNCHECKED), (8, CONFIRMED)]
-    works_on(journal, [*before, (10, STUB), (11, UNCHECKED), (12, UNCHECKED)])
+    next_ = journalfile.NEVER_USED + 10
+    works_on(journal, [*before, (next_, STUB), (next_ + 1, UNCHECKED), (next_ + 2, UNCHECKED)])
     journal.close()
 
 
