@@ -500,7 +500,7 @@ class Writer:
             raise
         except DatabaseError:
             raise
-        except Exception as exc:  # some row's fault, and not the server's: the rows are tried one by one
+        except Exception as exc:  # some row's fault, and not the server's: the batch is halved
             if session.usable:
                 await session.rollback()
                 await into.end()

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from salt_mysql_engine import pool
 from tests.support.mariadb import MariaDB, Server
 from tests.support.mysql import MySQL
 from tests.support.scratch import Scratch, scratch
-from tests.support.shipping import Shipping
+from tests.support.shipping import Cache, Shipping
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,3 +57,30 @@ def shipping(database: Scratch, tmp_path: Path) -> Callable[..., Shipping]:
         return Shipping(tmp_path / journal, {**database.mysql, **(mysql or {})}, **options)
 
     return make
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """The test's job cache."""
+    return Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def verifying(shipping: Callable[..., Shipping], cache: Cache) -> Callable[..., Shipping]:
+    """Makes a `Shipping` that verifies with the test's job cache."""
+
+    def make(journal: str = "journal", **options: Any) -> Shipping:
+        return shipping(journal, cachedir=cache.cachedir, **{"flush_interval": 0.05, **options})
+
+    return make
+
+
+@pytest.fixture
+def own_connections() -> Iterator[None]:
+    """The test has its own reading connections."""
+    pool._pools.clear()
+    yield
+    for each in pool._pools.values():
+        if each._idle is not None:
+            each._idle.close()
+    pool._pools.clear()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,21 +19,6 @@ SOON = 3.0
 MALLORYS = jid(5)
 NOWHERE = 1
 """A port at which no server listens: the database is down."""
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache")
-
-
-@pytest.fixture
-def verifying(shipping: Make, cache: Cache) -> Make:
-    """Makes a `Shipping` that verifies with the test's job cache."""
-
-    def make(journal: str = "journal", **options: Any) -> Shipping:
-        return shipping(journal, cachedir=cache.cachedir, **{"flush_interval": 0.05, **options})
-
-    return make
 
 
 async def stored_after(ship: Shipping, database: Scratch, job: str) -> float:

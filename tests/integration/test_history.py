@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from salt_mysql_engine import history, pool, schema
+from salt_mysql_engine import history, schema
 from salt_mysql_engine.backfill import backfill
 from salt_mysql_engine.errors import EngineError, ServerUnavailable
 from salt_mysql_engine.steady import Steady
@@ -20,6 +20,8 @@ from tests.support.mariadb import MariaDB
 from tests.support.oldtables import MAKERS
 from tests.support.scratch import Scratch, scratch, sequence
 from tests.support.shipping import MASTER, Shipping, body, published, return_data, returned
+
+pytestmark = pytest.mark.usefixtures("own_connections")
 
 Make = Callable[..., Shipping]
 
@@ -39,16 +41,6 @@ class Made(NamedTuple):
     target: str
     answers: dict[str, bool]
     minions: list[str]
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    pool._pools.clear()
-    yield
-    for each in pool._pools.values():
-        if each._idle is not None:
-            each._idle.close()
-    pool._pools.clear()
 
 
 def master(database: Scratch, tmp_path: Path) -> dict[str, Any]:

@@ -33,21 +33,6 @@ SOON = {"flush_interval": 0.05}
 TEXT = "line ü\n" * 100_000
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache")
-
-
-@pytest.fixture
-def verifying(shipping: Make, cache: Cache) -> Make:
-    """Makes a `Shipping` that verifies with the test's job cache."""
-
-    def make(journal: str = "journal", **options: Any) -> Shipping:
-        return shipping(journal, cachedir=cache.cachedir, **{**SOON, **options})
-
-    return make
-
-
 def with_value(job: str, minion: str, packed: bytes) -> bytes:
     """A return whose value is these bytes of msgpack."""
     return returned(job, minion, []).replace(b"\xa6return\x90", b"\xa6return" + packed)

@@ -45,15 +45,9 @@ CONNECT_SECONDS = 0.5
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _fresh(own_connections: None) -> None:
     """Each test has its own connections, and its own warnings."""
-    pool._pools.clear()
     pending._said.clear()
-    yield
-    for each in pool._pools.values():
-        if each._idle is not None:
-            each._idle.close()
-    pool._pools.clear()
 
 
 def master(database: Scratch, tmp_path: Path, **options: Any) -> dict[str, Any]:

@@ -42,11 +42,6 @@ NOWHERE = 1
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache")
-
-
-@pytest.fixture
 def reconciling(shipping: Make, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes a `Shipping` that reconciles with the test's job cache, a moment after it was asked to."""
     monkeypatch.setattr(reconcile, "SETTLE_SECONDS", 0.05)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pymysql
 import pytest
 
-from salt_mysql_engine import pool, upkeep, verbs
+from salt_mysql_engine import upkeep, verbs
 from salt_mysql_engine.errors import OperatorNeeded
 from salt_mysql_engine.reader import Reader
 from tests.support.mariadb import Server
@@ -19,22 +19,13 @@ from tests.support.proxy import Proxy
 from tests.support.scratch import Scratch, scratch
 from tests.support.shipping import Shipping, jid, published, returned
 
+pytestmark = pytest.mark.usefixtures("own_connections")
+
 Make = Callable[..., Shipping]
 TEXT = "Grüße, 😀, 縗"
 BREAKOUT = "縗\\"
 """Its last byte of UTF-8 and the backslash are one character of gbk's: in such a session nothing escapes any more."""
 CRAFTED = f"{BREAKOUT}'), ('sys.crafted', '{jid(9)}', '1', 'forged', '1', '{{}}', NOW()) -- "
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """Each test has its own reading connection."""
-    pool._pools.clear()
-    yield
-    for each in pool._pools.values():
-        if each._idle is not None:
-            each._idle.close()
-    pool._pools.clear()
 
 
 async def ship_texts(ship: Shipping) -> None:

@@ -43,21 +43,6 @@ NOWHERE = 1
 """A port at which no server listens: the database is down."""
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache")
-
-
-@pytest.fixture
-def verifying(shipping: Make, cache: Cache) -> Make:
-    """Makes a `Shipping` that verifies with the test's job cache."""
-
-    def make(journal: str = "journal", **options: Any) -> Shipping:
-        return shipping(journal, cachedir=cache.cachedir, **{**SOON, **options})
-
-    return make
-
-
 def stored(database: Scratch) -> dict[tuple[str, str], Any]:
     """The return of each (jid, minion)."""
     return {(row["jid"], row["id"]): json.loads(row["return"]) for row in database.rows("salt_returns")}
