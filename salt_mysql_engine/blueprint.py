@@ -48,8 +48,8 @@ def wanted(name: str) -> Wanted:
     return Wanted(columns, keys)
 
 
-def differences(name: str, table: Table, *, keys: bool = True) -> list[str]:
-    """What a table lacks to be the one that ``name`` calls, a sentence for each; ``keys``: also those."""
+def differences(name: str, table: Table) -> list[str]:
+    """What a table lacks to be the one that ``name`` calls, a sentence for each."""
     want = wanted(name)
     found = [] if table.engine in ("InnoDB", "") else [f"the engine is {table.engine}"]
     for column, definition in want.columns.items():
@@ -59,13 +59,11 @@ def differences(name: str, table: Table, *, keys: bool = True) -> list[str]:
         elif not _satisfies(present, definition):
             charset = f" of {present.collation}" if present.collation else ""
             found.append(f"{column} is {present.type}{charset}{' NULL' * bool(present.nullable)}")
-    if keys:
-        found += [
-            f"no {'unique ' * key.unique}key on ({', '.join(key.columns)})"
-            for key in want.keys.values()
-            if not _has_key(table, key)
-        ]
-    return found
+    return found + [
+        f"no {'unique ' * key.unique}key on ({', '.join(key.columns)})"
+        for key in want.keys.values()
+        if not _has_key(table, key)
+    ]
 
 
 def changes(name: str, table: Table) -> list[str]:

@@ -24,7 +24,7 @@ from . import decoder, records, saltevent, settings
 from .items import Fit
 from .jobcache import JobCache
 from .journal import Entry
-from .large import MARGIN_BYTES, LargeEvents, Limits, parts_of, too_large
+from .large import MARGIN_BYTES, LargeEvents, parts_of, too_large
 from .records import Selection
 from .verify import Verifier, sorted_out
 
@@ -146,8 +146,7 @@ class Desk:
         cache = JobCache(setup["cache"]) if setup["cache"] else None
         nobody: Any = None  # there is no journal here
         large = LargeEvents(nobody, _at_once, nobody, on_made=lambda _, __: None)
-        large.limits = Limits(setup["max_bytes"], setup["max_objects"])
-        large.file_bytes = setup["max_bytes"]
+        large.max_bytes = large.file_bytes = setup["max_bytes"]
         self._verifier = Verifier(
             nobody, _at_once, cache, _at_once, self._selection, on_confirmed=lambda _, __: None, large=large
         )

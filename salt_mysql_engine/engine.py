@@ -488,19 +488,13 @@ class Engine:
         if self._reconciler is not None:
             self._reconciler.ask(reason, since)
 
-    async def dead_letters(
-        self,
-        after: int = 0,
-        before: int | None = None,
-        seq: int | None = None,
-        limit: int = 100,
-        newest: bool = False,
-    ) -> list[dict[str, Any]]:
-        """A page of dead letters in the order of their ``seq``, without what they hold but for tag and function."""
+    async def dead_letters(self, limit: int = 100, **which: Any) -> list[dict[str, Any]]:
+        """A page of dead letters in the order of their ``seq``, with tag and function, without the rest of them.
+
+        ``which``: ``after``, ``before``, ``seq`` and ``newest`` of :meth:`Journal.dead_letters`.
+        """
         letters: list[DeadLetter] = await self._in_journal(
-            lambda: self._journal.dead_letters(
-                after=after, before=before, seq=seq, limit=min(limit, _PAGE_LETTERS), newest=newest, whole=False
-            )
+            lambda: self._journal.dead_letters(limit=min(limit, _PAGE_LETTERS), whole=False, **which)
         )
         page: list[dict[str, Any]] = []
         for letter in letters:

@@ -52,13 +52,6 @@ def is_large(entry: Entry) -> bool:
     return len(body) > WHOLE_BYTES or len(body.translate(None, _PLAIN)) > _MOST_STRANGE
 
 
-class Limits(NamedTuple):
-    """``max_event_bytes`` and ``max_event_objects``."""
-
-    max_bytes: int
-    max_objects: int
-
-
 Setup = dict[str, Any]
 """What the decoder does all by, in msgpack's types."""
 
@@ -169,7 +162,7 @@ class LargeEvents:
         on_made: Callable[[int, int], None],
         on_settled: Callable[[], None] = lambda: None,
     ) -> None:
-        self.limits = Limits(16 * 1024 * 1024, 500_000)
+        self.max_bytes = 16 * 1024 * 1024
         self.file_bytes = FILE_BYTES
         self.fit = Fit(True, True, True, saltevent.MAX_FUN_CHARACTERS, True, _USUAL_PACKET)
         """The tables' and the server's, once they were looked at."""
@@ -194,7 +187,7 @@ class LargeEvents:
 
     def apply(self, setup: Setup) -> None:
         """From now on everything is done by this."""
-        self.limits = Limits(setup["max_bytes"], setup["max_objects"])
+        self.max_bytes = setup["max_bytes"]
         self._decoder.setup = setup
 
     def __contains__(self, seq: int) -> bool:
@@ -305,7 +298,7 @@ class LargeEvents:
         if answer is None:
             return
         if answer.said[0] == "ignored":
-            await self.settle(seq, ignored=str(answer.said[1]))
+            await self._settle(Settlement([seq], {f"ignored.{answer.said[1]}": 1}, {}))
             return
         item = _item(seq, entry.captured_at, answer, fit)
         self._out[seq] = item.size
@@ -315,7 +308,7 @@ class LargeEvents:
     async def _ask_to_make(self, entry: Entry, fit: Fit) -> Answer | None:
         body = [entry.body]
         entry = entry._replace(body=entry.body[: saltevent.MAX_TAG_BYTES])
-        most = 2 * self.limits.max_bytes
+        most = 2 * self.max_bytes
         key = self._journal.event_key(entry.seq)
         return await self._ask(entry, "make", [entry.captured_at, key, [*fit], most], body)
 
@@ -328,7 +321,7 @@ class LargeEvents:
         """
         if not isinstance(item.outcome, Large) or item.outcome.fit == self.fit:
             return item
-        entry: Entry | None = await self._in_journal(self._journal.read_whole, item.seq, self.limits.max_bytes)
+        entry: Entry | None = await self._in_journal(self._journal.read_whole, item.seq, self.max_bytes)
         fit = self.fit
         try:
             answer = None if entry is None or entry.size else await self._ask_to_make(entry, fit)
@@ -341,11 +334,11 @@ class LargeEvents:
         return _item(item.seq, item.captured_at, answer, fit)
 
     async def _entry(self, seq: int) -> Entry | None:
-        """An event that is there, and not beyond the limits."""
-        most = self.limits.max_bytes
+        """An event that is there, and not beyond ``max_event_bytes``."""
+        most = self.max_bytes
         entry: Entry | None = await self._in_journal(self._journal.read_whole, seq, most)
         if entry is not None and entry.size:
-            await self.bury(seq, "too_large", too_large(entry.size, most))
+            await self._bury([seq], "too_large", too_large(entry.size, most))
             return None
         return entry
 
@@ -371,16 +364,8 @@ class LargeEvents:
             return None
         return answer
 
-    async def bury(self, seq: int, reason: str, error: str) -> None:
-        """Makes a dead letter of one."""
-        await self._bury([seq], reason, error)
-
     async def _bury(self, seqs: list[int], reason: str, error: str) -> None:
         await self._settle(Settlement(seqs, {}, dict.fromkeys(seqs, (reason, error))))
-
-    async def settle(self, seq: int, *, ignored: str) -> None:
-        """Counts one as ignored."""
-        await self._settle(Settlement([seq], {f"ignored.{ignored}": 1}, {}))
 
     async def _settle(self, settlement: Settlement) -> None:
         await self._in_journal(self._journal.settle, settlement)

@@ -69,7 +69,6 @@ _MEMORY_BYTES = 16 * 1024 * 1024
 _EVENT_BYTES = 200
 """What a record takes in memory beside its bytes."""
 _RETRY_SECONDS = 0.5
-_GROUP = 100
 _CHECK_ENGINE_SECONDS = 60.0
 _KEEP_OUT_SECONDS = 7 * 86_400.0
 _RESERVE_BYTES = 64 * 1024 * 1024

@@ -385,7 +385,7 @@ class Verifier:
         """What is no row of a job by its own words stays none, whatever the settings are by the time it is written."""
         event = checked.event
         if isinstance(event, Opened) and checked.entry.state == STUB:
-            size, most = event.data.get(saltevent.TOO_LARGE, 0), self._large.limits.max_bytes
+            size, most = event.data.get(saltevent.TOO_LARGE, 0), self._large.max_bytes
             if size and (size > most or event.job is None):
                 return Checked(checked.entry, Ignored.TOO_LONG, too_large(size, most), "too_large")
         if not isinstance(event, Opened) or checked.entry.state == STUB or not self.enabled:
