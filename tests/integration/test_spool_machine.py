@@ -143,6 +143,11 @@ def body_of(journal: Journal, entry: Entry) -> bytes:
     return journal.part_of(entry.seq, 0, entry.size) if entry.size else entry.body
 
 
+def holds(last: Path) -> bool:
+    """Whether something was written into a file for a disk that is full."""
+    return last.exists() and bool(last.read_bytes()[spool.HEADER.size :].strip(b"\0"))
+
+
 def identity(body: bytes) -> tuple[str, int]:
     """Whose event it is: the process and its number."""
     event = saltevent.open_event(body)
@@ -290,7 +295,8 @@ class Machine:
         self.stop_engine()
         self.engine = Process("engine", self.cachedir, self.shipped)
         place = folders.of_journal(str(self.cachedir)) / spool.FOLDER
-        wait_until(lambda: place.exists() and not list(place.glob("*.spool")),
+        last = [place / name for name in spool.LAST]
+        wait_until(lambda: place.exists() and not list(place.glob("*.spool")) and not any(map(holds, last)),
                    timeout=PATIENCE, what="the engine to take everything")  # fmt: skip
         self.stop_engine()
 
