@@ -168,13 +168,15 @@ class Intake:
     # What is there
 
     def _find(self) -> None:
-        if self._marks is None:
-            self._marks = self._journal.marks(_MARK)
         if self._place.enter():
+            self._marks = None  # a journal that is in this place may have taken of its files
             self._said = -1
             self._foreign.clear()
             self._said_foreign.clear()
             self._unopened.clear()
+        if self._marks is None:
+            self._journal.be_there()
+            self._marks = self._journal.marks(_MARK)
         if not self._unopened:
             self._list()
         room = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2) - len(self._files)

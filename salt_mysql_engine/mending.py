@@ -130,7 +130,8 @@ class MendedFile(abc.ABC):
         )  # fmt: skip
 
     def be_there(self) -> bool:
-        """Somebody may have deleted the file under us: then all that it holds goes into a new one. Whether it did."""
+        """Somebody may have deleted the file under us, or mounted a disk over it: then all that it holds goes into a
+        new one, with what another journal holds that is in its place now. Whether it did."""
         if journalfile.identity(self.path) == self._identity:
             return False
         old, salvaged = self._db, self.salvaged
@@ -143,10 +144,28 @@ class MendedFile(abc.ABC):
             raise sqlite3.OperationalError(f"the journal's folder cannot be made again: {exc}") from exc
         with self._new_file() as new:
             old.backup(new)
+            others = self._others(new)
         old.close()
-        self.salvaged = salvaged
-        log.error("Somebody deleted the journal %s while it was in use; it was made again, nothing is lost", self.path)
+        aside, self.salvaged = self.salvaged, salvaged
+        log.error(
+            "Somebody deleted the journal %s while it was in use; it was made again, nothing of it is lost%s",
+            self.path,
+            others and f". {others}; that file is {aside} now",
+        )
         return True
+
+    def _others(self, new: sqlite3.Connection) -> str:
+        """Takes along what another journal holds that is in our file's place, and says so."""
+        if not self.path.exists():
+            return ""
+        try:
+            with contextlib.closing(journalfile.connect(self.path, timeout=TIMEOUT)) as other:
+                taken = salvage.merge(other, new)
+        except (sqlite3.Error, *salvage.BROKEN, JournalError) as exc:
+            if not isinstance(exc, JournalError) and not salvage.is_corruption(exc):
+                raise  # a full disk, say: everything is as before
+            return f"Another file in its place cannot be read ({exc}), and nothing of it is taken"
+        return f"{taken} events and dead letters of another journal in its place are taken along" if taken else ""
 
     @contextlib.contextmanager
     def _new_file(self) -> Iterator[sqlite3.Connection]:

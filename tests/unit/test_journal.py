@@ -351,6 +351,44 @@ def test_numbers_that_a_power_cut_took_are_not_given_again(tmp_path: Path, monke
     journal.close()
 
 
+def test_another_journal_that_takes_the_place_of_the_one_in_use_is_taken_along(tmp_path: Path) -> None:
+    """A disk that is mounted late over the folder in which the engine has begun, with what waits since an outage."""
+    journal, other = Journal(tmp_path / "journal"), Journal(tmp_path / "disk")
+    for each, text in ((other, "o"), (journal, "j")):
+        each.open()
+        each.append([NewEvent(1.5, f"{text}{n}", "m", text.encode(), CONFIRMED) for n in range(4)])
+        bury(each, [1], "refused")
+        each.settle(Settlement([2], {"written": 1}, {}))
+    other.take([], counts={}, marks={"spool x": 7.0})
+    other.close()
+    before = everything(journal)
+    (tmp_path / "journal").rename(tmp_path / "beneath")
+    (tmp_path / "disk").rename(tmp_path / "journal")
+    journal.append([NewEvent(1.5, "new", "m", b"new")])
+    assert everything(journal)[:2] == before, "those that wait keep their numbers"
+    assert [entry.body for entry in everything(journal)] == [b"j", b"j", b"o", b"o", b"new"]
+    assert len({entry.seq for entry in everything(journal)} | {letter.seq for letter in journal.dead_letters()}) == 7
+    assert sorted(letter.body for letter in journal.dead_letters()) == [b"j", b"o"]
+    assert (journal.books()["captured"], journal.books()["written"], balance(journal)) == (9, 2, 0)
+    assert (journal.pending, journal.marks("spool"), journal.salvaged) == (5, {"spool x": 7.0}, "")
+    # An earlier state of the same journal has nothing that this one has not, or has done with.
+    shutil.copytree(tmp_path / "journal", tmp_path / "earlier")
+    journal.settle(Settlement([entry.seq for entry in everything(journal)], {"written": 5}, {}))
+    shutil.rmtree(tmp_path / "journal")
+    (tmp_path / "earlier").rename(tmp_path / "journal")
+    journal.append([NewEvent(1.5, "last", "m", b"last")])
+    assert [entry.body for entry in everything(journal)] == [b"last"]
+    assert (balance(journal), len(journal.dead_letters())) == (0, 2)
+    # Nor is one lost that cannot be read.
+    (tmp_path / "journal" / "journal.sqlite").unlink()
+    (tmp_path / "journal" / "journal.sqlite").write_bytes(b"no journal" * 1000)
+    journal.append([NewEvent(1.5, "last", "m", b"last")])
+    assert len(everything(journal)) == 2
+    aside = max((tmp_path / "journal").glob("*.corrupt-*.sqlite"))
+    assert aside.read_bytes().startswith(b"no journal")
+    journal.close()
+
+
 # Any sequence
 
 REASONS = ("refused", "fault", "unconfirmed")
