@@ -77,6 +77,7 @@ _OVER_CAP_BYTES = 64 * 1024 * 1024
 """With ``journal_full: drop_oldest`` the engine makes room; until it does, there may be more by this."""
 _LAST_BYTES = 128 * 1024
 DISK_BYTES = 16 * 1024 * 1024
+_DISK_IS_LOW = f"less than {DISK_BYTES // 2**20} MiB are left on the disk"
 _LOOK_SECONDS, _LOOK_SHARE, _LOOK_BYTES = 1.0, 50, 256 * 1024
 _TRIES = 5
 
@@ -348,7 +349,6 @@ class HandOff:
                     self._catch_up()
                 except (OSError, MemoryError) as exc:
                     log.debug("The spool in %s still cannot be written: %s", self._path, exc)
-                    continue
                 if not self._held and not any(self._uncounted):
                     log.warning("The spool in %s takes returns again", self._path)
                     self._thread = None
@@ -393,7 +393,7 @@ class HandOff:
             self._drop("journal_full")
             return
         if self._disk_is_low and not published:
-            raise OSError(errno.ENOSPC, f"less than {DISK_BYTES // 2**20} MiB are left on the disk")
+            raise OSError(errno.ENOSPC, _DISK_IS_LOW)
         self._be_open()
         self._put(record)
 
@@ -534,7 +534,7 @@ class HandOff:
                 info = os.fstat(said)
                 if info.st_size and abs(time.time() - info.st_mtime) < _CHECK_ENGINE_SECONDS:
                     return  # another process did
-                os.pwrite(said, b"\n", 0)
+                os.write(said, b"\n")
         log.error(
             "No mysql_jobcache engine runs, so nothing is shipped to the database; jobs and returns wait in "
             "%s (%d MiB of %d). Is `mysql_jobcache` under `engines:` in the master config?",

@@ -281,3 +281,27 @@ def test_a_master_option_that_cannot_be_used_is_named_and_its_default_stands(nam
 def test_a_whole_ports_number_is_taken_up_to_the_last_one() -> None:
     for port in (0, 65_535):
         assert settings.usable_opts({"id": "m", "tcp_master_pub_port": port})[0]["tcp_master_pub_port"] == port
+
+
+OURS = {"journal_max_bytes": 4096}
+
+
+@pytest.mark.parametrize(
+    ("engines", "found"),
+    [
+        ([{"mysql_jobcache": OURS}], OURS),
+        ([{"other": {"a": 1}}, {"mysql_jobcache": OURS}], OURS),
+        ([{"other": {"a": 1}, "mysql_jobcache": OURS}], OURS),
+        ([{"shipping": {"engine_module": "mysql_jobcache", **OURS}}], OURS),
+        ([{"mysql_jobcache": {"engine_module": "other", "a": 1}}, {"mysql_jobcache": OURS}], OURS),
+        ({"mysql_jobcache": OURS}, OURS),
+        (["mysql_jobcache"], {}),
+        ([{"mysql_jobcache": None}], {}),
+        ([{"other": OURS}], {}),
+        ("mysql_jobcache", {}),
+        (None, {}),
+    ],
+)
+def test_other_processes_find_the_engines_options_wherever_salt_takes_them_from(engines: Any, found: Any) -> None:
+    assert settings.of_master({"engines": engines}) == found
+    assert settings.of_master({}) == {}

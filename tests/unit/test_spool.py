@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import os
+import shutil
+import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from tests.support.mariadb import wait_until
 from tests.support.shipping import MASTER, body, call_data, jid, master_data, return_data
 
 KEY = b"random.\1"
-DEEP: Any = functools.reduce(lambda inner, _: [inner], range(3000), [])
+DEEP: Any = []
+for _ in range(3000):
+    DEEP = [DEEP]
 """Nested deeper than msgpack packs."""
 LOAD = {"tgt": "*", "fun": "test.ping", "arg": [], "user": "root", "tgt_type": "glob"}
 RECORDS = st.lists(
@@ -110,7 +114,7 @@ def test_zeros_behind_the_records_are_nothing_and_all_else_is_broken() -> None:
 
 
 def _sealed(content: bytes) -> bytes:
-    return KEY + spool._HEAD.pack(b"", len(content), spool.zlib.crc32(content))[8:] + content
+    return KEY + spool._HEAD.pack(b"", len(content), zlib.crc32(content))[8:] + content
 
 
 @pytest.mark.parametrize(
@@ -324,8 +328,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(file, data, at)
 
-    monkeypatch.setattr(spool.os, "pwrite", pwrite)
-    return lambda: monkeypatch.setattr(spool.os, "pwrite", real)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    return lambda: monkeypatch.setattr(os, "pwrite", real)
 
 
 def test_on_a_full_disk_publishes_go_where_blocks_are_kept_for_them_and_returns_to_memory(
@@ -364,7 +368,57 @@ def test_what_another_process_wrote_into_the_kept_blocks_is_not_written_over(
     other.close()
 
 
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_folder_that_stays_in_the_way_takes_no_descriptor_each_time_it_is_tried(tmp_path: Path) -> None:
+    folder = folders.of_journal(str(tmp_path))
+    folder.mkdir(mode=0o700)
+    (folder / spool.FOLDER).write_text("in the way")
+    place = spool.Place(folder)
+    before = descriptors()
+    for _ in range(10):
+        with pytest.raises(NotADirectoryError):
+            place.enter()
+    assert descriptors() == before
+
+
+def test_what_is_closed_keeps_no_descriptor(tmp_path: Path) -> None:
+    before = descriptors()
+    hand = HandOff(opts(tmp_path, journal_max_bytes=4 * 2**20))
+    for number in range(10):  # each in a file of its own
+        hand.keep_out(jid(100))
+        hand.returned(return_data(jid(number), "web1", "x" * 70_000))
+    spool.forget_old(opts(tmp_path))
+    hand.close()
+    hand.close()
+    assert descriptors() == before
+    assert len(contents(tmp_path)) == 10
+
+
 # How much
+
+
+def test_the_folder_is_looked_at_now_and_then_and_not_for_each_return(
+    tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "_LOOK_SECONDS", 60.0)
+    looks: list[int] = []
+    real = os.scandir
+
+    def scandir(folder: int) -> Any:
+        looks.append(folder)
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for number in range(100):
+        hand.returned(return_data(jid(number), "web1"))
+    assert len(looks) == 1
+    for number in range(6):
+        hand.returned(return_data(jid(number), "web1", "x" * 100_000))
+    assert len(looks) == 2, "much was written since"
 
 
 def said_used(cachedir: Path, text: str) -> None:
@@ -429,6 +483,82 @@ def test_what_other_processes_wrote_counts_at_the_next_look(tmp_path: Path, monk
     other.close()
 
 
+def test_while_the_folder_cannot_be_looked_at_what_this_process_wrote_still_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "_LOOK_BYTES", 0)
+    hand = HandOff(opts(tmp_path, journal_max_bytes=2**20))
+    hand.returned(return_data(jid(0), "web1"))
+
+    def scandir(_: int) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for number in range(200):
+        hand.returned(return_data(jid(number), "web1", "x" * 10_000))
+    monkeypatch.undo()
+    assert 90 < len(spooled(tmp_path)) < 110
+    assert dropped(tmp_path) == (201 - len(spooled(tmp_path)), 0, 0)
+    hand.close()
+
+
+def test_that_it_is_full_is_said_again_only_after_an_eighth_of_it_was_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(spool, "_LOOK_BYTES", 0)
+    hand = HandOff(opts(tmp_path, journal_max_bytes=2**20))
+    hand.returned(return_data(jid(0), "web1"))
+    for used, times in ((2**20, 1), (2**20 * 15 // 16, 1), (2**20, 1), (2**20 * 13 // 16, 1), (2**20, 2)):
+        said_used(tmp_path, f"{used}\n")
+        hand.returned(return_data(jid(1), "web1"))
+        assert caplog.text.count("journal_max_bytes (1048576)") == times
+    hand.close()
+
+
+# A folder that goes away
+
+
+@pytest.mark.parametrize("way", ["deleted", "moved away", "its file deleted"])
+def test_what_stood_in_a_folder_that_is_gone_is_written_again_with_what_was_dropped(tmp_path: Path, way: str) -> None:
+    hand = HandOff(opts(tmp_path))
+    folder = folders.of_journal(str(tmp_path))
+    for number in range(3):
+        hand.returned(return_data(jid(number), "web1"))
+        hand.returned(return_data(jid(number), "web1", DEEP))
+    hand._uncounted = [5, 0, 0]  # what could not be counted while the disk was full
+    if way == "deleted":
+        shutil.rmtree(folder)
+    elif way == "moved away":
+        folder.rename(tmp_path / "elsewhere")
+        hand._look_at = 0.0
+    else:
+        for path in (folder / spool.FOLDER).glob("*.spool"):
+            path.unlink()
+    for number in range(3, 6):
+        hand.returned(return_data(jid(number), "web1"))
+    assert [record.jid for record in spooled(tmp_path)] == [jid(number) for number in range(6)]
+    assert dropped(tmp_path) == (5, 0, 3)
+    hand.returned(return_data(jid(6), "web1", DEEP))
+    assert dropped(tmp_path) == (5, 0, 4)
+    assert len(contents(tmp_path)) == 1
+    hand.close()
+
+
+def test_what_an_engine_reads_to_its_end_is_not_written_again(tmp_path: Path) -> None:
+    """It has the deleted file open, and takes what is in it."""
+    hand = HandOff(opts(tmp_path))
+    hand.returned(return_data(jid(0), "web1"))
+    (path,) = (folders.of_journal(str(tmp_path)) / spool.FOLDER).glob("*.spool")
+    with path.open("rb+") as reader:
+        assert folders.claim(reader.fileno(), alone=False)
+        path.unlink()
+        for number in (1, 2):
+            hand.returned(return_data(jid(number), "web1"))
+        assert [record.jid for record in spooled(tmp_path)] == [jid(1), jid(2)]
+        assert len(contents(tmp_path)) == 1
+    hand.close()
+
+
 # Whether anyone ships
 
 
@@ -455,7 +585,7 @@ def test_an_engine_that_listens_is_known_also_while_it_is_busy(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, busy: bool
 ) -> None:
     hand = HandOff(opts(tmp_path))
-    with spool.socket.socket(spool.socket.AF_UNIX) as listening, spool.socket.socket(spool.socket.AF_UNIX) as caller:
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as caller:
         listening.bind(hand._socket)
         listening.listen(0)
         if busy:
