@@ -198,8 +198,8 @@ class _Places(ast.NodeVisitor):
             self._set(node, "value", node.value + 1, "off by one", node)
 
     def visit_keyword(self, node: ast.keyword) -> None:
-        """A cache may as well be one larger."""
-        if node.arg not in ("maxsize", "maxlen"):
+        """A cache may as well be one larger; a `strict` is an assert; `usedforsecurity` is for kernels in FIPS mode."""
+        if node.arg not in ("maxsize", "maxlen", "strict", "usedforsecurity"):
             self.visit(node.value)
 
     def visit_arg(self, node: ast.arg) -> None:

@@ -243,6 +243,25 @@ def test_notes_and_marks_are_known_after_a_restart_and_a_kill(journal: Journal, 
     killed.close()
 
 
+def test_what_is_taken_comes_with_its_counts_and_its_marks_or_not_at_all(journal: Journal) -> None:
+    broken = NewEvent(0.0, None, "minion", b"refused: NOT NULL")  # type: ignore[arg-type] # the point
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.take([*events(2), broken], counts={"captured": 3, "dropped.full": 3}, marks={"spool a": 7})
+    assert (journal.marks("spool "), journal.pending, journal.books()["captured"]) == ({}, 0, 0)
+    journal.take(events(2), counts={"captured": 3, "dropped.full": 3}, marks={"spool a": 7, "spool b": 8})
+    journal.set_mark("spoon", 9)
+    journal.set_mark("a spool b", 9)
+    journal.close()
+    journal.open()
+    assert journal.marks("spool ") == {"spool a": 7.0, "spool b": 8.0}
+    assert journal.marks("spool c") == {}
+    books = journal.books()
+    assert (books["captured"], books["pending"], books["dropped"]) == (5, 2, {"full": 3})
+    journal.forget_marks(["spool a", "spool c"])
+    assert journal.marks("spool ") == {"spool b": 8.0}
+    assert journal.mark("spoon") == 9.0
+
+
 def test_an_append_of_many_events_is_all_or_none(journal: Journal) -> None:
     broken = NewEvent(0.0, None, "minion", b"refused: NOT NULL")  # type: ignore[arg-type] # the point
     for place in (0, 10, 300, 599):

@@ -736,3 +736,16 @@ def test_what_msgpack_has_no_form_for_is_packed_as_its_text() -> None:
     event = saltevent.open_event(body)
     assert isinstance(event, Opened)
     assert event.data == {"a": "{1}", "b": datetime.datetime(2026, 3, 29, 1, 30)}  # noqa: DTZ001
+
+
+@pytest.mark.parametrize(
+    ("retcode", "bad"),
+    [
+        (0, False), (1, True), (-1, True), (False, False), (True, True), (None, False), (0.0, False), (0.5, True),
+        ("", False), ("0", False), ("1", True), ("oops", True), ([], False), ([0, 0], False), ([0, 1], True),
+        ({}, False), ({"test.ping": 0, "test.10": 0}, False), ({"test.ping": 0, "test.10": 10}, True),
+        ({"1": None, "2": False}, False), ({"1": [0, 0]}, False), ({"a": {"0": 0, "1": 2}}, True),
+    ],
+)  # fmt: skip
+def test_a_return_failed_if_its_retcode_or_that_of_one_of_its_functions_is_not_0(retcode: Any, bad: bool) -> None:
+    assert records.is_bad(retcode) is bad

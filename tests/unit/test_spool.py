@@ -296,6 +296,19 @@ def test_a_folder_that_cannot_be_written_costs_nothing_that_memory_can_hold(
     assert caplog.text.count("takes returns again") == 1
 
 
+def test_what_could_not_even_be_counted_is_counted_as_soon_as_it_can_be(
+    tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "_RETRY_SECONDS", 0.02)
+    folder = folders.of_journal(str(tmp_path))
+    folder.write_text("in the way")
+    for number in range(3):
+        hand.returned(return_data(jid(number), "web1", DEEP))
+    folder.unlink()
+    wait_until(lambda: hand._thread is None, timeout=10, what="the count")
+    assert (spooled(tmp_path), dropped(tmp_path)) == ([], (0, 0, 3))
+
+
 def test_what_is_held_goes_before_what_comes_and_a_second_disturbance_is_answered_like_the_first(
     tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +413,26 @@ def test_what_is_closed_keeps_no_descriptor(tmp_path: Path) -> None:
     assert len(contents(tmp_path)) == 10
 
 
+def test_a_child_hands_over_by_a_file_of_its_own_and_its_parent_goes_on_in_the_one_that_it_had(tmp_path: Path) -> None:
+    mine = spool.of(opts(tmp_path))
+    assert spool.of(opts(tmp_path)) is mine is spool.current()
+    mine.returned(return_data(jid(1), "parent"))
+    child = os.fork()
+    if child == 0:
+        is_fresh = spool.current() is None and mine._file == -1
+        spool.of(opts(tmp_path)).returned(return_data(jid(2), "child"))
+        os._exit(0 if is_fresh else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    mine.returned(return_data(jid(3), "parent"))
+    assert [(record.jid, record.minion) for record in spooled(tmp_path)] == [
+        (jid(1), "parent"),
+        (jid(3), "parent"),
+        (jid(2), "child"),
+    ]
+    mine.close()
+    spool._of_process.clear()
+
+
 # How much
 
 
@@ -441,16 +474,18 @@ def test_the_cap_counts_what_the_journal_takes_and_a_publish_has_room_beyond_it(
     hand.returned(return_data(jid(1), "web1"))  # fits to the byte
     hand.returned(return_data(jid(2), "web1"))
     hand.published(jid(3), LOAD, ["web1"])
+    hand.minions(jid(3), ["web2"])
     said_used(tmp_path, f"{2**20 + 10_000}\n")
     hand.published(jid(4), LOAD, ["web1"])
-    assert [record.jid for record in spooled(tmp_path)] == [jid(0), jid(1), jid(3)]
-    assert dropped(tmp_path) == (2, 0, 0)
+    hand.minions(jid(4), ["web2"])
+    assert [record.jid for record in spooled(tmp_path)] == [jid(0), jid(1), jid(3), jid(3)]
+    assert dropped(tmp_path) == (3, 0, 0)
     assert caplog.text.count("journal_max_bytes (1048576)") == 1
     said_used(tmp_path, "0\n")
     hand.returned(return_data(jid(5), "web1"))
     said_used(tmp_path, f"{2**20}\n")
     hand.returned(return_data(jid(6), "web1"))
-    assert dropped(tmp_path) == (3, 0, 0)
+    assert dropped(tmp_path) == (4, 0, 0)
     assert caplog.text.count("journal_max_bytes (1048576)") == 2, "it had room again between"
     hand.close()
 
