@@ -17,7 +17,10 @@ PLAN: Final[dict[str, Tests]] = {
     "jobload": Tests(("unit/test_records.py", "unit/test_jobcache.py"), ("integration/test_verify.py",)),
     "records": Tests(("unit/test_records.py", "unit/test_jobcache.py"), ("integration/test_verify.py",)),
     "jobcache": Tests(("unit/test_jobcache.py",), ("integration/test_verify.py", "integration/test_reconcile.py")),
-    "verify": Tests((), ("integration/test_verify.py", "integration/test_machine.py", "integration/test_large.py")),
+    "verify": Tests(
+        ("unit/test_verify.py",),
+        ("integration/test_verify.py", "integration/test_machine.py", "integration/test_large.py"),
+    ),
     "journal": Tests(("unit/test_journal.py",), ("integration/test_journal_faults.py",)),
     "journalfile": Tests(("unit/test_journal.py", "unit/test_salvage.py"), ("integration/test_journal_faults.py",)),
     "letters": Tests(("unit/test_journal.py",), ("integration/test_verify.py",)),
@@ -30,5 +33,5 @@ PLAN: Final[dict[str, Tests]] = {
     "settings": Tests(("unit/test_settings.py",)),
     "database": Tests(("unit/test_database.py",), ("integration/test_servers.py", "integration/test_outages.py")),
     "spool": Tests(("unit/test_spool.py", "unit/test_pending.py"), ("integration/test_handoff.py",)),
-    "intake": Tests(("unit/test_spool.py",), ("integration/test_handoff.py", "integration/test_spool_machine.py")),
+    "intake": Tests(("unit/test_intake.py",), ("integration/test_handoff.py", "integration/test_spool_machine.py")),
 }
