@@ -94,7 +94,7 @@ OPTIONS: dict[str, Option] = {
     "batch_size": Option(500, "Rows in a batch: so many pending rows are written at once.", 1, 50_000, unit="rows"),
     "batch_bytes": Option(
         4 * 1024 * 1024,
-        "SQL text in a batch: a batch never holds more, but for a single row that is larger. Statements "
+        "SQL text in a batch: a batch never holds more, except a single row that is larger. Statements "
         "end at 1 MiB, or below the server's max_allowed_packet.",
         16 * 1024,
         256 * 1024 * 1024,
@@ -145,7 +145,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "verify_wait_seconds": Option(
         10.0,
-        "How long a return may wait for its copy in the job cache, holding no other up; then it is a dead letter.",
+        "How long a return may wait for its copy in the job cache, holding no other up; then it is a dead letter. "
+        "While 100,000 wait nothing new is read, and each waits for a second at most.",
         0.1,
         3600.0,
         unit="seconds",
@@ -176,15 +177,15 @@ OPTIONS: dict[str, Option] = {
     ),
     "journal_max_bytes": Option(
         2 * 1024**3,
-        "How large the journal may grow while the database is away, with what the master's processes have handed over "
-        "and it did not take yet. Those know what the master config says, not the pillar.",
+        "How large the journal may grow while the database is away, together with what the master's processes have "
+        "handed over and the engine did not take yet. Those processes know the master config alone, not the pillar.",
         1024 * 1024,
         1024**4,
         unit="bytes",
     ),
     "journal_max_age_hours": Option(
         0.0,
-        "Events that have waited longer are dropped, and counted. 0: none.",
+        "Events that have waited longer are dropped, and counted, once a pillar was compiled. 0: none.",
         0.0,
         24.0 * 366,
         unit="hours",
@@ -197,8 +198,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "dead_letters_max": Option(
         10_000,
-        "Dead letters that are kept, in a quarter of journal_max_bytes at most; beyond it the oldest are dropped, "
-        "and counted.",
+        "Dead letters of each reason that are kept, all together in a quarter of journal_max_bytes; beyond either the "
+        "oldest are dropped, and counted.",
         0,
         1_000_000,
         unit="letters",
@@ -206,20 +207,20 @@ OPTIONS: dict[str, Option] = {
     "retention_days": Option(
         0.0,
         "Jobs that began longer ago are deleted from the tables, with their returns, and events of that age too. 0: "
-        "everything stays for ever; Salt's keep_jobs_seconds means nothing here.",
+        "everything stays; Salt's keep_jobs_seconds means nothing here.",
         0.0,
         36_500.0,
         unit="days",
     ),
     "archive": Option(
         False,
-        "What retention_days takes out of the tables goes into jids_archive, salt_returns_archive and "
-        "salt_events_archive, the tables of saltext.mysql's archive_jobs, instead of away.",
+        "What retention_days takes out of the tables is moved to jids_archive, salt_returns_archive and "
+        "salt_events_archive, the tables of saltext.mysql's archive_jobs.",
     ),
     "partitions": Option(
         "none",
-        "Partitions of jids and salt_returns by the time in the jid: tables that the engine creates, or that migrate "
-        "brings to this shape, are made so. The engine makes the coming ones ahead, and retention drops whole ones.",
+        "Partitions of jids and salt_returns by the time in the jid, in tables that the engine creates or that migrate "
+        "changes. The engine makes new partitions ahead of time, and retention drops whole ones.",
         choices=("none", "day", "week", "month"),
     ),
     "list_jobs_max": Option(
