@@ -464,17 +464,26 @@ class HandOff:
         header = HEADER.pack(MAGIC, key, *counts)
         for _ in range(_TRIES):
             self._number += 1
-            name = f"{self._process}-{self._number:06d}.spool"
-            file = folders.create(self._place.spool, name)
+            file = folders.create(self._place.spool, self._name)
             try:
                 if _is_begun(file, header):
                     return file
             except BaseException:  # a full disk, say
-                os.unlink(name, dir_fd=self._place.spool)
-                os.close(file)
+                self._discard(file)
                 raise
             os.close(file)
         raise OSError(errno.EAGAIN, "a new spool file is taken away again and again", str(self._path))
+
+    @property
+    def _name(self) -> str:
+        return f"{self._process}-{self._number:06d}.spool"
+
+    def _discard(self, file: int) -> None:
+        """Takes the newest file away, of which nothing counts."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, 0)
+            os.unlink(self._name, dir_fd=self._place.spool)
+        os.close(file)
 
     def _move(self) -> None:
         """Somebody deleted the file, or moved its folder away. An engine that had it open reads it to its end; else all
@@ -488,8 +497,7 @@ class HandOff:
         try:
             _copy(self._file, file, self._end)
         except BaseException:
-            os.ftruncate(file, 0)  # nothing of it counts
-            os.close(file)
+            self._discard(file)
             raise
         _leave(self._file)
         self._file, self._is_elsewhere = file, False

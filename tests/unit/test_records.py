@@ -749,3 +749,17 @@ def test_what_msgpack_has_no_form_for_is_packed_as_its_text() -> None:
 )  # fmt: skip
 def test_a_return_failed_if_its_retcode_or_that_of_one_of_its_functions_is_not_0(retcode: Any, bad: bool) -> None:
     assert records.is_bad(retcode) is bad
+
+
+def test_more_minions_of_a_job_and_its_stubs_are_opened_as_what_they_are() -> None:
+    job = "20260329000000000001"
+    more = saltevent.open_event(saltevent.minions_event(job, ["far-1", "far-2"]) or b"")
+    assert isinstance(more, Opened)
+    assert (more.job, more.data["minions"]) == (Tag(Kind.MINIONS, job, ""), ["far-1", "far-2"])
+    stored_at = 1_774_742_400.25
+    for minion, kind in (("web1", Kind.JOB_RETURN), ("", Kind.JOB_NEW)):
+        stub = saltevent.open_event(saltevent.stub(job, minion, stored_at))
+        assert isinstance(stub, Opened)
+        assert stub.job == Tag(kind, job, minion)
+        assert (stub.data["jid"], stub.data["_stamp"]) == (job, moments.utc(stored_at).isoformat())
+        assert stub.data.get("id", "") == minion

@@ -370,6 +370,51 @@ def test_on_a_full_disk_publishes_go_where_blocks_are_kept_for_them_and_returns_
     assert [record.jid for record in spooled(tmp_path)] == [jid(number) for number in (0, 1, 18, 19, 20)]
 
 
+def test_a_file_that_cannot_be_begun_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "_RETRY_SECONDS", 0.02)
+    hand = HandOff(opts(tmp_path))
+    free = full_disk(monkeypatch)
+    hand.returned(return_data(jid(0), "web1"))
+    before = descriptors()
+    for number in range(1, 6):
+        hand.returned(return_data(jid(number), "web1", DEEP))
+    assert descriptors() == before
+    assert contents(tmp_path) == []
+    free()
+    wait_until(lambda: hand._thread is None, timeout=10, what="what is held")
+    assert [record.jid for record in spooled(tmp_path)] == [jid(0)]
+    assert dropped(tmp_path) == (0, 0, 5)
+    hand.close()
+
+
+def test_what_stood_in_a_deleted_file_is_written_again_once_the_disk_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "_RETRY_SECONDS", 0.02)
+    hand = HandOff(opts(tmp_path))
+    for number in range(3):
+        hand.returned(return_data(jid(number), "web1", "x" * 1000))
+    before = descriptors()
+    for path in (folders.of_journal(str(tmp_path)) / spool.FOLDER).glob("*.spool"):
+        path.unlink()
+    real = os.pwrite
+
+    def pwrite(file: int, data: bytes, at: int) -> int:
+        if at >= spool.HEADER.size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    hand.returned(return_data(jid(3), "web1"))
+    wait_until(lambda: hand._number > 4, timeout=10, what="some tries")
+    assert len(contents(tmp_path)) < 2, "they leave no files behind"
+    monkeypatch.setattr(os, "pwrite", real)
+    wait_until(lambda: hand._thread is None, timeout=10, what="what is held")
+    assert [record.jid for record in spooled(tmp_path)] == [jid(number) for number in range(4)]
+    assert descriptors() == before
+    hand.close()
+
+
 def test_what_another_process_wrote_into_the_kept_blocks_is_not_written_over(
     tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch
 ) -> None:
