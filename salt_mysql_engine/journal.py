@@ -8,8 +8,8 @@ Promise
 Tables
     (``journalfile.py`` makes them) ``events`` holds each event's bytes, under a ``seq`` that only grows and is never
     used again, with jid and minion id from the tag and the event's state next to them; ``dead_letters`` what did not
-    become a row, why, and in which state it was (``letters.py``); ``counters`` the books; ``marks`` and ``notes``
-    what must be known after a restart.
+    become a row, why, and in which state it was (``letters.py``); ``bodies`` the bytes of large ones of both;
+    ``counters`` the books; ``marks`` and ``notes`` what must be known after a restart.
 
 Invariants
     Appending counts as captured, in the same transaction; settling deletes rows and counts their
@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import journalfile, letters, salvage
-from .journalfile import CONFIRMED, PAGE_BYTES, ROW_BYTES, UNCHECKED, NewEvent
+from .journalfile import BODY, BODY_BYTES, CONFIRMED, PAGE_BYTES, ROW_BYTES, UNCHECKED, WHOLE_BYTES, NewEvent
 from .letters import DeadLetter
 from .mending import TIMEOUT, MendedFile, mended
 
@@ -59,13 +59,13 @@ _BOOT = "boot"
 
 
 def _up_to(max_bytes: int) -> str:
-    # A body's length stands before it: SQLite does not read one that is not wanted.
-    return f"CASE WHEN LENGTH(body) > {max_bytes} THEN x'' ELSE body END"
+    return (
+        f"SELECT seq, captured_at, CASE WHEN {BODY_BYTES} > {max_bytes} THEN x'' ELSE {BODY} END, state, {BODY_BYTES} "
+        "FROM events"
+    )
 
 
-WHOLE_BYTES = 256 * 1024
-"""An event's body is large above this."""
-_SELECT = f"SELECT seq, captured_at, {_up_to(WHOLE_BYTES)}, state, LENGTH(body) FROM events"
+_SELECT = _up_to(WHOLE_BYTES)
 
 
 class Entry(NamedTuple):
@@ -208,7 +208,7 @@ class Journal(MendedFile):
         while sizes and sizes[-1] > self.caps.max_bytes:
             wanted -= sizes.pop()
         for seq, size in self._db.execute(
-            "SELECT seq, LENGTH(body) FROM events WHERE seq > ? ORDER BY seq", (self._taken_through,)
+            f"SELECT seq, {BODY_BYTES} FROM events WHERE seq > ? ORDER BY seq", (self._taken_through,)
         ):
             if attainable >= wanted:
                 break
@@ -278,9 +278,7 @@ class Journal(MendedFile):
     @mended
     def read_whole(self, seq: int, max_bytes: int) -> Entry | None:
         """An entry with its body, large or not; above ``max_bytes`` without it."""
-        row = self._db.execute(
-            f"SELECT seq, captured_at, {_up_to(max_bytes)}, state, LENGTH(body) FROM events WHERE seq = ?", (seq,)
-        ).fetchone()
+        row = self._db.execute(f"{_up_to(max_bytes)} WHERE seq = ?", (seq,)).fetchone()
         return None if row is None else _entry(row)
 
     @mended
@@ -297,7 +295,7 @@ class Journal(MendedFile):
 
     def _confirm(self, bodies: Mapping[int, bytes]) -> None:
         for seq, body in bodies.items():
-            self._db.execute("UPDATE events SET body = ?, state = ? WHERE seq = ?", (body, CONFIRMED, seq))
+            journalfile.confirm(self._db, seq, body)
 
     @mended
     def held(self, *, jid: str | None, at: int, rows: int, max_bytes: int) -> list[Entry]:
@@ -318,7 +316,9 @@ class Journal(MendedFile):
     @mended
     def part_of(self, seq: int, start: int, size: int) -> bytes:
         """Some of an event's body; nothing where there is no more, or the event is gone."""
-        row = self._db.execute("SELECT substr(body, ?, ?) FROM events WHERE seq = ?", (start + 1, size, seq)).fetchone()
+        row = self._db.execute(
+            f"SELECT substr({BODY}, ?, ?) FROM events WHERE seq = ?", (start + 1, size, seq)
+        ).fetchone()
         return bytes(row[0]) if row is not None else b""
 
     @mended
@@ -345,10 +345,7 @@ class Journal(MendedFile):
         self.pending -= deleted + buried
 
     def _delete_events(self, seqs: Iterable[int]) -> int:
-        return sum(
-            self._db.execute("DELETE FROM events WHERE seq BETWEEN ? AND ?", between).rowcount
-            for between in _ranges(seqs)
-        )
+        return sum(journalfile.delete(self._db, "events", "seq BETWEEN ? AND ?", between) for between in _ranges(seqs))
 
     def _trim_dead_letters(self) -> None:
         dropped = letters.trim(self._db, most=self.caps.dead_letters, max_bytes=self.caps.max_bytes // 4)
@@ -611,7 +608,7 @@ class Journal(MendedFile):
 
 def _entry(row: tuple[Any, ...]) -> Entry:
     seq, captured_at, body, state, size = row
-    if type(body) is not bytes or type(captured_at) is not float or type(state) is not int:
+    if type(body) is not bytes or type(captured_at) is not float or type(state) is not int or type(size) is not int:
         salvage.require(False, f"event {seq}")  # in here, for the text takes as long as the check
     return Entry(seq, captured_at, body, state, 0 if body else size)
 

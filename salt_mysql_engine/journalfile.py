@@ -17,7 +17,7 @@ import sqlite3
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import folders
 from .errors import JournalError
@@ -54,6 +54,7 @@ CREATE TABLE dead_letters (
 );
 CREATE INDEX dead_letters_by_job ON dead_letters (jid, minion);
 CREATE INDEX dead_letters_by_reason ON dead_letters (reason, failed_at, seq);
+CREATE TABLE bodies (id INTEGER PRIMARY KEY, content BLOB NOT NULL);
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -86,11 +87,21 @@ DROP TABLE waiting;
 ALTER TABLE dead_letters ADD COLUMN state INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX dead_letters_by_reason ON dead_letters (reason, failed_at, seq);
 DELETE FROM marks WHERE name = 'verified_through';
+CREATE TABLE bodies (id INTEGER PRIMARY KEY, content BLOB NOT NULL);
 CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
 """,
 }
 """From each older format to the next. Written out: an upgrade must not change when the tables above do."""
 
+WHOLE_BYTES = 256 * 1024
+"""An event's body is large above this. It stands in ``bodies`` then, and its number in its place: so an event becomes a
+dead letter, and an event again, without its bytes being written again. In a file that began with an older format, or
+was salvaged, large ones stand in the rows, too."""
+BODY = "CASE typeof(body) WHEN 'integer' THEN (SELECT content FROM bodies WHERE id = body) ELSE body END"
+BODY_BYTES = (
+    "CASE typeof(body) WHEN 'integer' THEN (SELECT LENGTH(content) FROM bodies WHERE id = body) ELSE LENGTH(body) END"
+)
+"""A body's length stands before it: SQLite does not read one that is not wanted."""
 PAGE_BYTES = 4096
 ROW_BYTES = 150
 """What an event takes in the file beside its body, in the table and its index."""
@@ -270,8 +281,41 @@ def insert(db: sqlite3.Connection, events: Sequence[NewEvent]) -> None:
         # One statement for many rows: executemany() takes twice the time, most of it handing
         # the interpreter's lock to and fro around every row.
         chunk = _chunk(events, start)
-        db.execute(_insert(len(chunk)), [value for event in chunk for value in event])
+        values: list[Any] = [value for event in chunk for value in event]
+        if len(chunk[0].body) > WHOLE_BYTES:  # it is alone
+            values[3] = _put_away(db, chunk[0].body)
+        db.execute(_insert(len(chunk)), values)
         start += len(chunk)
+
+
+def confirm(db: sqlite3.Connection, seq: int, body: bytes) -> None:
+    """Puts an event's bytes as the job cache has them in the place of those that came."""
+    if len(body) <= WHOLE_BYTES:
+        changed = db.execute(
+            "UPDATE events SET body = ?, state = ? WHERE seq = ? AND typeof(body) <> 'integer'", (body, CONFIRMED, seq)
+        ).rowcount
+        if changed:
+            return
+    if db.execute("SELECT 1 FROM events WHERE seq = ?", (seq,)).fetchone() is None:
+        return
+    _forget_bodies(db, "events", "seq = ?", (seq,))
+    content = body if len(body) <= WHOLE_BYTES else _put_away(db, body)
+    db.execute("UPDATE events SET body = ?, state = ? WHERE seq = ?", (content, CONFIRMED, seq))
+
+
+def delete(db: sqlite3.Connection, table: str, where: str, values: Sequence[int]) -> int:
+    """Deletes rows of ``events`` or ``dead_letters`` for good, inside the caller's transaction; gives how many."""
+    _forget_bodies(db, table, where, values)
+    return db.execute(f"DELETE FROM {table} WHERE {where}", values).rowcount
+
+
+def _put_away(db: sqlite3.Connection, body: bytes) -> int | None:
+    return db.execute("INSERT INTO bodies (content) VALUES (?)", (body,)).lastrowid
+
+
+def _forget_bodies(db: sqlite3.Connection, table: str, where: str, values: Sequence[int]) -> None:
+    large = f"SELECT body FROM {table} WHERE typeof(body) = 'integer' AND {where}"
+    db.execute(f"DELETE FROM bodies WHERE id IN ({large})", values)
 
 
 def _chunk(events: Sequence[NewEvent], start: int) -> Sequence[NewEvent]:

@@ -22,7 +22,8 @@ from . import jsontext, saltevent, sql
 from .decoder import Answer, Decoder, DecoderDied, DecoderMissing
 from .errors import RowsRejected, ServerUnavailable
 from .items import Fit, Item, Large
-from .journal import WHOLE_BYTES, Entry, Journal, Settlement
+from .journal import Entry, Journal, Settlement
+from .journalfile import WHOLE_BYTES
 from .records import Event, Load, Return
 from .settings import OPTIONS, Settings
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from . import salvage
-from .journalfile import CONFIRMED, STUB
+from . import journalfile, salvage
+from .journalfile import BODY, BODY_BYTES, CONFIRMED, STUB
 
-_NOTHING = "x'', LENGTH(body)"
+_NOTHING = f"x'', {BODY_BYTES}"
 """In a body's place, and its size."""
 _END_BYTES = 4096
 _PORTION_LETTERS, _PORTION_BYTES = 500, 4 * 1024 * 1024
@@ -56,7 +55,7 @@ def trim(db: sqlite3.Connection, *, most: int, max_bytes: int) -> int:
     sizes: dict[str, int] = {}
     dropped = 0
     for reason, count, size in db.execute(
-        "SELECT reason, COUNT(*), SUM(LENGTH(body)) FROM dead_letters GROUP BY reason"
+        f"SELECT reason, COUNT(*), SUM({BODY_BYTES}) FROM dead_letters GROUP BY reason"
     ).fetchall():
         sizes[reason] = size
         if count > most:
@@ -78,13 +77,14 @@ def _drop_oldest(db: sqlite3.Connection, reason: str, most: int, enough: int) ->
     victims: list[int] = []
     freed = 0
     for seq, size in db.execute(
-        "SELECT seq, LENGTH(body) FROM dead_letters WHERE reason = ? ORDER BY failed_at, seq LIMIT ?", (reason, most)
+        f"SELECT seq, {BODY_BYTES} FROM dead_letters WHERE reason = ? ORDER BY failed_at, seq LIMIT ?", (reason, most)
     ):
         victims.append(seq)
         freed += size
         if freed >= enough and most < 0:
             break
-    db.executemany("DELETE FROM dead_letters WHERE seq = ?", [(seq,) for seq in victims])
+    for seq in victims:
+        journalfile.delete(db, "dead_letters", "seq = ?", (seq,))
     return len(victims), freed
 
 
@@ -106,7 +106,7 @@ def read(
     order = "DESC" if newest else "ASC"
     rows = db.execute(
         "SELECT seq, captured_at, failed_at, jid, minion, reason, error, state, "
-        f"{'body, 0' if whole else _NOTHING} FROM dead_letters WHERE {where} ORDER BY seq {order} LIMIT ?",
+        f"{f'{BODY}, 0' if whole else _NOTHING} FROM dead_letters WHERE {where} ORDER BY seq {order} LIMIT ?",
         (*values, limit),
     ).fetchall()
     letters = [DeadLetter._make(row) for row in (reversed(rows) if newest else rows)]
@@ -121,49 +121,51 @@ def read(
 def ends(db: sqlite3.Connection, seq: int) -> tuple[bytes, bytes]:
     """How one's body begins, and how it ends."""
     row = db.execute(
-        f"SELECT substr(body, 1, {_END_BYTES}), substr(body, -{_END_BYTES}) FROM dead_letters WHERE seq = ?", (seq,)
+        f"SELECT substr({BODY}, 1, {_END_BYTES}), substr({BODY}, -{_END_BYTES}) FROM dead_letters WHERE seq = ?", (seq,)
     ).fetchone()
     return row or (b"", b"")
 
 
 def piece(db: sqlite3.Connection, seq: int, offset: int, length: int) -> bytes:
     """Some bytes of one's body."""
-    row = db.execute("SELECT substr(body, ?, ?) FROM dead_letters WHERE seq = ?", (offset + 1, length, seq)).fetchone()
+    row = db.execute(
+        f"SELECT substr({BODY}, ?, ?) FROM dead_letters WHERE seq = ?", (offset + 1, length, seq)
+    ).fetchone()
     return row[0] if row else b""
 
 
 def delete(db: sqlite3.Connection, seq: int | None, through: int | None) -> int:
     """Drops one, or all; of all up to ``through`` a portion. Gives how many."""
-    where, values = _which(db, seq, through)
-    return db.execute(f"DELETE FROM dead_letters{where}", values).rowcount
+    where, values = _which(db, seq, through, BODY_BYTES)
+    return journalfile.delete(db, "dead_letters", where, values)
 
 
 def revive(db: sqlite3.Connection, seq: int | None, through: int | None, *, trusted: bool) -> int:
     """Makes one, or all, events again, each in the state that it had; ``trusted``: that need no confirmation, but for
     stubs, which hold nothing to be trusted. Of all up to ``through`` a portion. Gives how many."""
-    where, values = _which(db, seq, through)
+    where, values = _which(db, seq, through, "LENGTH(body)")  # large ones are not written again
     state = f"CASE state WHEN {STUB} THEN {STUB} ELSE {CONFIRMED} END" if trusted else "state"
     again = db.execute(
         "INSERT INTO events (captured_at, jid, minion, body, state) "
-        f"SELECT captured_at, jid, minion, body, {state} FROM dead_letters{where} "
+        f"SELECT captured_at, jid, minion, body, {state} FROM dead_letters WHERE {where} "
         "ORDER BY seq",
         values,
     ).rowcount
-    db.execute(f"DELETE FROM dead_letters{where}", values)
+    db.execute(f"DELETE FROM dead_letters WHERE {where}", values)
     return again
 
 
-def _which(db: sqlite3.Connection, seq: int | None, through: int | None) -> tuple[str, Sequence[Any]]:
+def _which(db: sqlite3.Connection, seq: int | None, through: int | None, size: str) -> tuple[str, tuple[int, ...]]:
     if seq is not None:
-        return " WHERE seq = ?", (seq,)
+        return "seq = ?", (seq,)
     if through is None:
-        return "", ()
+        return "seq > ?", (0,)
     last, room = 0, _PORTION_BYTES
-    for each, size in db.execute(
-        "SELECT seq, LENGTH(body) FROM dead_letters WHERE seq <= ? ORDER BY seq LIMIT ?", (through, _PORTION_LETTERS)
+    for each, its_bytes in db.execute(
+        f"SELECT seq, {size} FROM dead_letters WHERE seq <= ? ORDER BY seq LIMIT ?", (through, _PORTION_LETTERS)
     ):
-        room -= size
+        room -= its_bytes
         if last and room < 0:
             break
         last = each
-    return " WHERE seq <= ?", (last,)
+    return "seq <= ?", (last,)

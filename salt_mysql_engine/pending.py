@@ -188,7 +188,9 @@ class Pending:
                 value = MOST_EVENTS if jid is None else jid
                 rows: list[_Row] = []
                 room = MOST_BYTES
-                for row in db.execute(f"SELECT seq, captured_at, body, state FROM events {which}", (value,)):
+                for row in db.execute(
+                    f"SELECT seq, captured_at, {journalfile.BODY}, state FROM events {which}", (value,)
+                ):
                     rows.append(row)
                     room -= len(row[2])
                     if room <= 0 and jid is None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .journalfile import NEVER_USED, count
+from .journalfile import BODY, NEVER_USED, count
 
 BROKEN = (sqlite3.DatabaseError, UnicodeDecodeError)
 """What a damaged file raises: also where SQLite's message quotes a damaged name, which Python then cannot decode."""
@@ -115,7 +115,8 @@ def merge(other: sqlite3.Connection, into: sqlite3.Connection) -> int:
             (seq,) = into.execute(highest.format(table)).fetchone()
             columns = [row[1] for row in into.execute(f"PRAGMA table_info({table})") if row[1] != "seq"]
             named, marks = ", ".join(columns), ", ".join("?" * len(columns))
-            for row in other.execute(f"SELECT {named} FROM {table} ORDER BY seq"):
+            values = ", ".join(BODY if name == "body" else name for name in columns)
+            for row in other.execute(f"SELECT {values} FROM {table} ORDER BY seq"):
                 require(_is_sound(columns, row), table)
                 seq += 1
                 into.execute(f"INSERT INTO {table} (seq, {named}) VALUES (?, {marks})", (seq, *row))
@@ -194,7 +195,8 @@ def _copy_rows(old: sqlite3.Connection, into: sqlite3.Connection, source: str, t
         ):  # a name is damaged, and the values say which they are
             named, orders = "*", [columns, list(_UPGRADED[table])]
         elif known:
-            named, orders = ", ".join(older.get(name, name) for name in known), [known]
+            read_as = {**older, "body": BODY} if _has_bodies(old) else older
+            named, orders = ", ".join(read_as.get(name, name) for name in known), [known]
     saved = 0
     for row in _readable(old, source, named):
         for order in orders:
@@ -203,6 +205,12 @@ def _copy_rows(old: sqlite3.Connection, into: sqlite3.Connection, source: str, t
                 saved += into.execute(f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({marks})", row).rowcount
                 break
     return saved
+
+
+def _has_bodies(old: sqlite3.Connection) -> bool:
+    with contextlib.suppress(*BROKEN):
+        return bool(old.execute("PRAGMA table_info(bodies)").fetchall())
+    return False
 
 
 def _readable(old: sqlite3.Connection, table: str, names: str) -> Iterator[tuple[Any, ...]]:

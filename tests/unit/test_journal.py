@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import logging
 import re
@@ -220,8 +221,8 @@ def test_confirming_what_is_not_pending_changes_nothing(journal: Journal) -> Non
 def test_a_confirmation_is_all_or_none(journal: Journal) -> None:
     journal.append(events(2))
     first, second = everything(journal)
-    with pytest.raises(sqlite3.IntegrityError):
-        journal.confirm({first.seq: b"new", second.seq: None})  # type: ignore[dict-item] # the point
+    with pytest.raises(UnicodeEncodeError):
+        journal.confirm({first.seq: b"new", second.seq: "\ud800"})  # type: ignore[dict-item] # the point
     assert everything(journal) == [first, second]
 
 
@@ -367,6 +368,23 @@ def test_numbers_that_a_power_cut_took_are_not_given_again(tmp_path: Path, monke
     journal.open()  # in the same run of the system nothing is lost
     journal.append(events(1))
     assert journal.newest_seq() == last + 1
+    journal.close()
+
+
+def test_another_journal_in_the_place_of_the_one_in_use_is_taken_along_with_large_events(tmp_path: Path) -> None:
+    journal, other = Journal(tmp_path / "journal"), Journal(tmp_path / "disk")
+    for each, bodies in ((other, LARGE[:2]), (journal, LARGE[2:])):
+        each.open()
+        each.append([NewEvent(1.5, "j", "m", body) for body in bodies])
+        bury(each, [1])
+    other.close()
+    shutil.rmtree(tmp_path / "journal")
+    (tmp_path / "disk").rename(tmp_path / "journal")
+    journal.append([NewEvent(1.5, "new", "m", b"new")])
+    waiting = [journal.read_whole(seq, 10**6) for seq in all_seqs(journal)]
+    assert [entry and entry.body for entry in waiting] == [LARGE[3], LARGE[1], b"new"]
+    assert sorted(letter.body for letter in journal.dead_letters()) == [LARGE[0], LARGE[2]]
+    assert balance(journal) == 0
     journal.close()
 
 
@@ -1330,13 +1348,97 @@ def test_a_list_of_dead_letters_has_no_bodies_and_all_of_them_are_retried_in_por
     )
     assert journal.piece_of_dead_letter(listed[0].seq, len(body) - 4, 100) == b"ping"
     assert journal.piece_of_dead_letter(listed[0].seq, len(body), 100) == b""
-    through = journal.newest_dead_letter()
-    again = []
-    while some := journal.retry_dead_letters(None, trusted=False, through=through):
-        again.append(some)
-    assert again == [1, 1, 1, 1, 1]
-    assert journal.pending == 5
+    small = [NewEvent(1.0, "j", "m", bytes(200_000)) for _ in range(45)]
+    journal.append(small)
+    bury(journal, all_seqs(journal))
+    assert portions(journal, functools.partial(journal.retry_dead_letters, trusted=False)) == [25, 20, 5]
+    assert journal.pending == 50
+    bury(journal, all_seqs(journal))
+    assert portions(journal, journal.delete_dead_letters) == [1, 1, 1, 1, 6, 20, 20]
+    assert (journal.pending, balance(journal)) == (0, 0)
     journal.close()
+
+
+def portions(journal: Journal, work: Callable[..., int]) -> list[int]:
+    """How many at a time, until all there are now are done with."""
+    through = journal.newest_dead_letter()
+    done: list[int] = []
+    while some := work(None, through=through):
+        done.append(some)
+    return done
+
+
+LARGE = [b"%d" % n + b"\xff" * 300_000 for n in range(4)]
+
+
+def large_bodies(journal: Journal) -> int:
+    """How many stand in the file."""
+    with closing(sqlite3.connect(journal.path)) as db:
+        ((count,),) = db.execute("SELECT COUNT(*) FROM bodies").fetchall()
+    return int(count)
+
+
+def test_a_large_event_dies_and_is_retried_without_its_bytes_being_written_again(journal: Journal) -> None:
+    body = bytes(10_000_000)
+    journal.append([NewEvent(1.0, "j", "m", body, CONFIRMED)])
+    journal._empty_log()
+    for _ in range(3):
+        bury(journal, all_seqs(journal))
+        assert [(letter.body, letter.state) for letter in journal.dead_letters()] == [(body, CONFIRMED)]
+        assert journal.retry_dead_letters(None, trusted=False) == 1
+    assert journalfile.wal_bytes(journal.path) < 1_000_000
+    (entry,) = everything(journal)
+    assert (entry.body, entry.size, entry.state) == (b"", len(body), CONFIRMED)
+    assert journal.read_whole(entry.seq, len(body)) == entry._replace(body=body, size=0)
+    assert journal.read_whole(entry.seq, len(body) - 1) == entry
+    assert journal.part_of(entry.seq, len(body) - 3, 10) == bytes(3)
+
+
+@pytest.mark.parametrize(
+    "ends", ["written", "letter", "letters", "letters_full", "small", "large", "oldest", "too_old", "gone"]
+)
+def test_the_bytes_of_a_large_event_go_with_it(journal: Journal, ends: str) -> None:
+    journal.append([NewEvent(float(n), f"j{n}", "m", body) for n, body in enumerate(LARGE)])
+    first, *others = all_seqs(journal)
+    if ends == "written":
+        journal.settle(Settlement([first], {"written": 1}, {}))
+    elif ends in ("letter", "letters", "letters_full"):
+        bury(journal, [first])
+        assert large_bodies(journal) == len(LARGE)
+        if ends == "letters_full":
+            journal.caps = Caps(dead_letters=1)
+            bury(journal, others)
+            assert [letter.body for letter in journal.dead_letters()] == LARGE[-1:]
+            assert large_bodies(journal) == 1
+            return
+        assert journal.delete_dead_letters(first if ends == "letter" else None) == 1
+    elif ends == "oldest":
+        journal.caps = Caps(max_bytes=journal.measured() + 100_000, drop_oldest=True)
+        journal.append([NewEvent(9.0, "new", "m", bytes(200_000))])
+    elif ends == "too_old":
+        journal.caps = Caps(max_age_seconds=100.0)
+        journal.tend(100.5)
+    elif ends == "gone":
+        journal.settle(Settlement([first], {"written": 1}, {}, {first: LARGE[0]}))
+        journal.confirm({first: LARGE[0]})
+    else:
+        better = b"small" if ends == "small" else b"better" * 50_000
+        journal.confirm({first: better})
+        assert journal.read_whole(first, 10**6) == Entry(first, 0.0, better, CONFIRMED)
+        assert large_bodies(journal) == len(LARGE) - (ends == "small")
+        return
+    assert large_bodies(journal) == len(LARGE) - 1
+    assert [journal.read_whole(seq, 10**6) for seq in others] == [
+        Entry(seq, float(n), LARGE[n], UNCHECKED) for n, seq in enumerate(others, 1)
+    ]
+    assert balance(journal) == 0
+
+
+def test_a_stub_that_turns_out_large_is_put_away_too(journal: Journal) -> None:
+    journal.append([NewEvent(1.0, "j", "m", b"stub", STUB)])
+    (seq,) = all_seqs(journal)
+    journal.confirm({seq: LARGE[0]})
+    assert (journal.read_whole(seq, 10**6), large_bodies(journal)) == (Entry(seq, 1.0, LARGE[0], CONFIRMED), 1)
 
 
 @pytest.mark.parametrize("size", [0, 5, 31, 32, 255])

@@ -258,6 +258,46 @@ def test_a_destroyed_root_costs_its_table_and_no_other(folder: Path, whole: Whol
     journal.close()
 
 
+@pytest.mark.parametrize("damage", ["root", "chain", "missing", "table"])
+def test_of_large_events_those_are_lost_whose_bytes_are_broken_and_no_other(folder: Path, damage: str) -> None:
+    journal = Journal(folder)
+    journal.open()
+    journal.append([NewEvent(1.0, f"large{n}", "m", b"%d" % n + b"\xaa\xbb" * 200_000) for n in range(6)])
+    seqs = [entry.seq for entry in everything(journal) if entry.size]
+    journal.settle(Settlement(seqs[3:], {}, dict.fromkeys(seqs[3:], ("refused", "why"))))
+    held = holdings(journal)
+    whole = {seq: entry for seq in seqs[:3] if (entry := journal.read_whole(seq, 10**6))}
+    journal.close()
+    if damage == "root":
+        destroy(journal.path, root_of(journal.path, "bodies"))
+        gone = set(seqs)
+    elif damage == "chain":
+        pages = journal.path.read_bytes()
+        first = next(at for at in range(PAGE, len(pages), PAGE) if pages[at + 4 : at + 4 + 500] in whole[seqs[0]].body)
+        with journal.path.open("r+b") as file:  # an overflow page begins with the number of the next
+            file.seek(first)
+            file.write(b"\xff" * 4)
+        gone = set()
+    else:
+        statement = "DROP TABLE bodies" if damage == "table" else "DELETE FROM bodies WHERE id IN (2, 5)"
+        with closing(sqlite3.connect(journal.path, isolation_level=None)) as db:
+            db.execute(statement)
+        gone = set(seqs) if damage == "table" else {seqs[1], seqs[4]}
+    journal.open()
+    found = {seq: journal.read_whole(seq, 10**6) for seq in seqs[:3]}
+    letters = {letter.seq: letter.body for letter in journal.dead_letters(limit=10**6)}
+    if damage == "chain":
+        gone = {seq for seq in seqs if found.get(seq) is None and seq not in letters}
+        assert len(gone) == 1
+    assert journal.salvaged
+    assert found == {seq: None if seq in gone else whole[seq] for seq in seqs[:3]}
+    assert letters == {seq: row[8] for seq, row in held["dead_letters"].items() if seq not in gone}
+    assert holdings(journal)["events"] == {seq: row for seq, row in held["events"].items() if seq not in gone}
+    assert (lost(journal), balance(journal)) == (len(gone), 0)
+    goes_on(journal)
+    journal.close()
+
+
 @pytest.mark.parametrize("table", ["counters", "marks", "notes", "identity", "sqlite_sequence"])
 def test_a_destroyed_small_table_costs_no_event(folder: Path, whole: Whole, table: str) -> None:
     journal = Journal(folder)
