@@ -3,9 +3,6 @@ says, and ``failed`` of ``salt_returns``."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from . import jobload, sql
 from .database import Session
 from .schema import Shape
@@ -63,7 +60,7 @@ async def _fill_jobs(session: Session, limit: int) -> int:
         values = " UNION ALL ".join(
             "SELECT "
             + ", ".join(f"{quote(text)} AS `{name}`" for name, text in zip(("jid", *_COLUMNS), row, strict=True))
-            for row in ((jid, *jobload.job_columns(_parsed(load))) for jid, load in sorted(rows))
+            for row in ((jid, *jobload.job_columns(jobload.parsed(load))) for jid, load in sorted(rows))
         )
         changes = ", ".join(f"`jids`.`{column}` = `says`.`{column}`" for column in _COLUMNS)
         await session.execute(
@@ -72,10 +69,3 @@ async def _fill_jobs(session: Session, limit: int) -> int:
         )
     await session.commit()
     return len(rows)
-
-
-def _parsed(text: Any) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, TypeError, RecursionError):
-        return None

@@ -14,7 +14,6 @@ import asyncio
 import base64
 import collections
 import concurrent.futures
-import datetime
 import functools
 import gc
 import json
@@ -27,7 +26,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from . import __version__, folders, saltevent, settings, spool
+from . import __version__, folders, moments, saltevent, settings, spool
 from .batcher import Limits
 from .bus import BusReader
 from .capture import Capture
@@ -58,7 +57,7 @@ PILLAR_SECONDS = 60.0
 """How long events wait at a first start for a pillar that says what to write."""
 _PAUSE_FIRST, _PAUSE_MAX = 1.0, 60.0  # seconds
 _PILLAR_NOTE = "pillar"
-_DAY, _END_OF_TIME = 86_400.0, 253_402_300_799.0  # seconds; the end of the year 9999
+_DAY = 86_400.0  # seconds
 _MOST_LETTERS = 1_000_000
 """As many as dead_letters_max allows."""
 _PAGE_LETTERS, _PIECE_BYTES, _ERROR_CHARACTERS = 200, 512 * 1024, 2000
@@ -209,7 +208,7 @@ class Engine:
             "status": Verb(self.status),
             "flush": Verb(self.flush, {"seconds": Argument(float, most=_DAY)}),
             "reload": Verb(self.reload),
-            "reconcile": Verb(self.reconcile, {"since": Argument(float, most=_END_OF_TIME, optional=True)}),
+            "reconcile": Verb(self.reconcile, {"since": Argument(float, most=moments.END_OF_TIME, optional=True)}),
             "reconcile_progress": Verb(self.reconcile_progress),
             "dead_letters": Verb(
                 self.dead_letters,
@@ -352,13 +351,15 @@ class Engine:
             "engine": {
                 "version": __version__,
                 "pid": os.getpid(),
-                "started": _moment(self._started_at),
+                "started": moments.text(self._started_at),
                 "uptime_seconds": round(time.monotonic() - self._started, 1),
                 "faults": {**self._faults, **({"rows": faults} if faults else {})},
             },
             "books": {**books, "waiting": self._verifier.waiting},
             "lag_seconds": 0.0 if oldest is None else round(max(0.0, time.time() - oldest), 3),
-            "last_error": {"time": _moment(writer.fault.at), "message": writer.fault.message} if writer.fault else None,
+            "last_error": {"time": moments.text(writer.fault.at), "message": writer.fault.message}
+            if writer.fault
+            else None,
             "bus": {
                 "address": bus.address,
                 "connected": bus.connected,
@@ -479,7 +480,7 @@ class Engine:
     def _retention_status(self) -> dict[str, Any]:
         last = self._retention.last
         return {
-            "last_purge": {**last, "at": _moment(last["at"])} if last else None,
+            "last_purge": {**last, "at": moments.text(last["at"])} if last else None,
             "rows_of_others_filled_in": self._retention.filled,
             "error": self._retention.error or None,
         }
@@ -503,8 +504,8 @@ class Engine:
             page.append(
                 {
                     "seq": letter.seq,
-                    "captured_at": _moment(letter.captured_at),
-                    "failed_at": _moment(letter.failed_at),
+                    "captured_at": moments.text(letter.captured_at),
+                    "failed_at": moments.text(letter.failed_at),
                     "jid": letter.jid,
                     "minion": letter.minion,
                     "fun": fun,
@@ -688,14 +689,10 @@ class Engine:
             log.info("New settings: %s", ", ".join(f"{name}={getattr(new, name)}" for name in changed))
 
     def _selection(self, chosen: settings.Settings) -> Selection:
-        return Selection(chosen, master_id=self._opts["id"], peers=self._peers)
-
-    @property
-    def _peers(self) -> list[str] | None:
-        return self._opts["cluster_peers"] if self._opts.get("cluster_id") else None
+        return Selection(chosen, master_id=self._opts["id"], peers=settings.peers(self._opts))
 
     def _setup(self) -> Setup:
-        return setup_of(self._opts, self._settings, peers=self._peers, has_cache=self._cache is not None)
+        return setup_of(self._opts, self._settings, peers=settings.peers(self._opts), has_cache=self._cache is not None)
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:
@@ -710,11 +707,6 @@ async def _end(*tasks: asyncio.Task[Any]) -> None:
 
 def _limits(chosen: settings.Settings) -> Limits:
     return Limits(chosen.batch_size, chosen.batch_bytes, chosen.flush_interval)
-
-
-def _moment(seconds: float) -> str:
-    seconds = min(max(0.0, seconds), _END_OF_TIME)  # what a clock said that was set to anything
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _percentile(ordered: list[float], share: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,6 +135,14 @@ def _column(value: Any) -> str:
     if not isinstance(value, str):
         return ""
     return fun_text(value)
+
+
+def parsed(text: Any) -> Any:
+    """What a stored text says in JSON; ``None`` for what another writer left that is none: NULL, say."""
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 def is_published(load: Mapping[str, Any]) -> bool:

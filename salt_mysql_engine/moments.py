@@ -10,6 +10,8 @@ from typing import Any
 
 from .errors import EngineError
 
+END_OF_TIME = 253_402_300_799.0
+"""The end of the year 9999."""
 _LATEST = 4_102_444_800.0
 """The year 2100: later moments cannot be told by every clock of ours."""
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
@@ -81,6 +83,11 @@ def is_day(text: str) -> bool:
         return datetime.date.fromisoformat(text).year < 2038
     except ValueError:  # the 31st of February
         return False
+
+
+def text(moment: float) -> str:
+    """Seconds since the epoch for people and programs; what a clock said that was set to anything is cut."""
+    return utc(min(max(0.0, moment), END_OF_TIME)).isoformat(timespec="seconds")
 
 
 def utc(moment: float) -> datetime.datetime:

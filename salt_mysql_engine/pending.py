@@ -216,7 +216,7 @@ class Pending:
 
     def _records(self, rows: Iterable[_Row]) -> list[Record]:
         options, _ = settings.parse(settings.of_master(self._opts))
-        peers = self._opts.get("cluster_peers") or [] if self._opts.get("cluster_id") else None
+        peers = settings.peers(settings.usable_opts(self._opts)[0])
         selection = Selection(settings.combine(options, {}), master_id=str(self._opts["id"]), peers=peers)
         found = []
         for captured_at, event in self._trustworthy(rows, selection):

@@ -244,10 +244,7 @@ def _added(ret: dict[str, Any]) -> set[str]:
 
 def parsed(text: str) -> dict[str, Any]:
     """A JSON object of the tables; ``{}`` for what another writer left that is none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
+    value = jobload.parsed(text)
     return value if isinstance(value, dict) else {}
 
 

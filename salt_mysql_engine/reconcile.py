@@ -79,8 +79,8 @@ class Pass(NamedTuple):
         """For people and programs."""
         return {
             **self._asdict(),
-            "since": _moment(self.since) if self.since else None,
-            "started_at": _moment(self.started_at),
+            "since": moments.text(self.since) if self.since else None,
+            "started_at": moments.text(self.started_at),
             "seconds": round(self.seconds, 3),
         }
 
@@ -389,7 +389,3 @@ def _says_more(publish: dict[str, Any] | None, stored: str | None) -> bool:
     except (ValueError, RecursionError):  # someone else's row
         return False
     return jsontext.dumps(jobload.merged_load(load, published)) != stored
-
-
-def _moment(seconds: float) -> str:
-    return moments.utc(seconds).isoformat(timespec="seconds")

@@ -10,7 +10,6 @@ them, and functions are cut to their column.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -275,7 +274,7 @@ class Rows:
         """Merges what was published into what stands; gives the jids whose row changed."""
         changed: set[str] = set()
         for jid in sorted(published.keys() & stored.keys()):
-            better = jobload.merged_load(_parsed(stored[jid]), published[jid])
+            better = jobload.merged_load(jobload.parsed(stored[jid]), published[jid])
             text = self._text(jsontext.dumps(better))
             if text != stored[jid]:
                 await self._session.execute(sql.update_load(jid, text, self._columns(better)))
@@ -382,10 +381,3 @@ def _key(item: Item) -> tuple[str, str] | None:
     if isinstance(outcome, Record):
         return None if outcome.ret is None else (outcome.ret.jid, outcome.ret.id)
     return outcome.key if isinstance(outcome, (Plain, Large)) else None
-
-
-def _parsed(text: Any) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, TypeError, RecursionError):  # someone else's row: NULL, say
-        return None

@@ -330,6 +330,11 @@ def usable_opts(opts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return usable, problems
 
 
+def peers(opts: Mapping[str, Any]) -> list[str] | None:
+    """The master's peers in its cluster, of opts that :func:`usable_opts` gave; ``None`` without a cluster."""
+    return opts["cluster_peers"] if opts.get("cluster_id") else None
+
+
 _MASTER_DEFAULTS: dict[str, Any] = {
     "keep_jobs_seconds": 86_400.0,
     "tcp_master_pub_port": 4512,

@@ -12,7 +12,6 @@ where a ``kill -9`` of anybody stopped it.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable
@@ -281,9 +280,9 @@ class Shadow:
             ):
                 best = now
                 for (before,) in await session.query(f"SELECT `load` FROM `{source}` WHERE `jid` = {quote(jid)}"):
-                    load = _parsed(before)
+                    load = jobload.parsed(before)
                     if isinstance(load, dict) and jobload.is_published(load):
-                        best = jsontext.dumps(jobload.merged_load(_parsed(best), load))
+                        best = jsontext.dumps(jobload.merged_load(jobload.parsed(best), load))
                 if best != now:
                     await session.execute(
                         f"UPDATE `{self._name}` SET `load` = {quote(best)} WHERE `jid` = {quote(jid)}"
@@ -305,10 +304,3 @@ class Shadow:
     async def _drop(self, table: str) -> None:
         await self._steady.change(f"DROP TABLE `{table}`")
         await self._steady.run(f"DELETE FROM `{STATE}` WHERE `source` IN ({quote(table)}, {quote(f'{table} over')})")
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine import pending, pool, schema
+from salt_mysql_engine import history, pending, pool, schema
 from salt_mysql_engine.answers import Answers
 from salt_mysql_engine.errors import DatabaseError, OperatorNeeded, ServerUnavailable
 from salt_mysql_engine.reader import Reader, as_cached
@@ -545,6 +545,19 @@ def test_a_row_that_is_no_job_of_salts_hides_no_other(database: Scratch, tmp_pat
     jobs, newest, *_ = values(ask(asks, opts=master(database, tmp_path)))
     assert jobs[jid(0)]["Function"] == "test.ping"
     assert jid(0) in [job["JID"] for job in newest]
+
+
+def test_a_load_that_is_null_hides_no_other_job(database: Scratch, tmp_path: Path) -> None:
+    MAKERS["2014"](database)
+    good = json.dumps({"fun": "test.ping", "tgt": "*", "arg": [], "user": "root"})
+    for number, load in enumerate([good, None]):
+        database.sql("INSERT INTO jids (jid, `load`) VALUES (%s, %s)", jid(number), load)
+    opts = master(database, tmp_path)
+    asks = [returner("mysql_jobcache.get_jids"), returner("mysql_jobcache.get_jids_filter", 100)]
+    asks += [returner("mysql_jobcache.get_load", jid(1))]
+    jobs, newest, load = values(ask(asks, opts=opts))
+    assert (jobs[jid(0)]["Function"], newest[0]["JID"], load) == ("test.ping", jid(0), {})
+    assert jid(0) in history.jobs(opts)
 
 
 def make_many_jobs(database: Scratch, doublings: int) -> None:

@@ -248,6 +248,12 @@ def test_what_the_master_does_not_say_has_salts_own_default() -> None:
     }
 
 
+def test_peers_are_those_of_a_cluster_alone() -> None:
+    usable, _ = settings.usable_opts({"id": "m", "cluster_peers": "other"})
+    assert settings.peers(usable) is None
+    assert settings.peers({**usable, "cluster_id": "c"}) == ["other"]
+
+
 def test_jobs_that_are_kept_for_ever_are_so() -> None:
     for for_ever in (0, 0.0):
         assert settings.usable_opts({"id": "m", "keep_jobs_seconds": for_ever})[0]["keep_jobs_seconds"] == math.inf
