@@ -30,6 +30,7 @@ from .errors import (
     TooManySessions,
     TooMuch,
     TransactionAborted,
+    UnknownRefusal,
 )
 from .settings import Connection
 from .waits import within
@@ -51,6 +52,16 @@ _ROW_ERRORS = frozenset(
         ER.NET_PACKET_TOO_LARGE,  # 1153
         ER.TOO_BIG_ROWSIZE,  # 1118
         ER.NO_REFERENCED_ROW_2,  # 1452
+        # What a generated column or an index over an expression makes of a value:
+        1365,  # ER_DIVISION_BY_ZERO
+        1690,  # ER_DATA_OUT_OF_RANGE
+        3141,  # ER_INVALID_JSON_TEXT_IN_PARAM (MySQL)
+        3156,  # ER_INVALID_JSON_VALUE_FOR_CAST (MySQL)
+        3157,  # ER_JSON_DOCUMENT_TOO_DEEP (MySQL)
+        3751,  # ER_DATA_TRUNCATED_FUNCTIONAL_INDEX (MySQL)
+        3752,  # ER_DATA_OUT_OF_RANGE_FUNCTIONAL_INDEX (MySQL)
+        3903,  # ER_INVALID_JSON_VALUE_FOR_FUNC_INDEX (MySQL)
+        3904,  # ER_JSON_VALUE_OUT_OF_RANGE_FOR_FUNC_INDEX (MySQL)
         1644,  # ER_SIGNAL_EXCEPTION: a trigger of the user's refuses the row
         3140,  # ER_INVALID_JSON_TEXT (MySQL)
         3819,  # ER_CHECK_CONSTRAINT_VIOLATED (MySQL)
@@ -473,7 +484,7 @@ def translate(exc: Exception, host: str) -> DatabaseError:
     if not number:  # not the server's word: a broken connection, or one that talks nonsense
         return ConnectionLost(f"{message}{_because(exc)}")
     # Unknown: not the rows' fault as far as we can tell, so nothing is given up.
-    return OperatorNeeded(f"{message}; look this number up in the server's error reference")
+    return UnknownRefusal(f"{message}; look this number up in the server's error reference")
 
 
 def _because(exc: BaseException) -> str:

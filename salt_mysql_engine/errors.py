@@ -80,6 +80,10 @@ class OperatorNeeded(DatabaseError):
     verdict = Verdict.OPERATOR
 
 
+class UnknownRefusal(OperatorNeeded):
+    """The database server refuses something, and its error number says neither what nor why."""
+
+
 class TooMuch(OperatorNeeded):
     """The batch is over a limit of the database server's."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import records, saltevent, sql
+from . import jsontext, records, saltevent, sql
 from .records import Event, Load, Record, Return, Selection
 from .saltevent import Ignored, Opened
 from .stencil import Stencils
@@ -83,6 +84,16 @@ class Item(NamedTuple):
     reason: str = "fault"
     confirmed: bytes | None = None
     """The event's bytes, where the job cache confirmed them."""
+
+
+def harmless(value: Any, master_id: str, *, with_event: bool) -> Item:
+    """A return that nobody sent, to ask a server whether it takes rows."""
+    data: dict[str, Any] = {"jid": "0" * 20, "id": master_id, "fun": "", "fun_args": [], "return": value}
+    altered = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M:%S.%f}"
+    ret = Return(data["jid"], master_id, "", jsontext.dumps(value), jsontext.dumps(data), True, altered, data)
+    event = Event("mysql_jobcache", "{}", altered) if with_event else None
+    event_row = sql.event_row(event, master_id, bytes(saltevent.EVENT_KEY_BYTES)) if event else b""
+    return Item(0, 0.0, Record(ret=ret, event=event), sql.return_row(ret), event_row)
 
 
 class Maker:

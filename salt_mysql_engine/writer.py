@@ -11,15 +11,17 @@ made. Nothing of that comes before a batch that is ready, so that the server nev
 What an error does is its verdict. RETRY: the same batch again, after full-jitter back-off from 0.5 s
 doubling to 30 s. OPERATOR: the same, from 5 s on, with the remedy in the log. SPLIT: the batch is
 halved until the refused row stands alone and becomes a dead letter; that happens only on the server's
-own word about a row, never because it is away. An exception that nobody expects while rows are put together is taken
-for a fault of one of them in the same way; where that goes on from event to event it is none of theirs, and they wait
-between. Nothing ends the writer but its cancellation.
+own word about a row, never because it is away. An error that nobody knows is about a row where the server
+takes another one, which is rolled back; else it is as OPERATOR. An exception that nobody expects while rows
+are put together is taken for a fault of one of them in the same way; where that goes on from event to event
+it is none of theirs, and they wait between. Nothing ends the writer but its cancellation.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import functools
 import logging
 import random
@@ -42,9 +44,10 @@ from .errors import (
     ServerUnavailable,
     TooMuch,
     TransactionAborted,
+    UnknownRefusal,
     Verdict,
 )
-from .items import Fit, Item, Large, Maker, Plain
+from .items import Fit, Item, Large, Maker, Plain, harmless
 from .journal import Entry, Journal, Settlement
 from .journalfile import CONFIRMED
 from .large import LargeEvents
@@ -68,6 +71,10 @@ _LAST_SETTLE_SECONDS = 1.0
 _FAULTS_AT_ONCE = 3
 """So many events in a row may be at fault without a pause."""
 _FAULT_SECONDS = 1.0
+_HARMLESS = True, 0, ""
+"""Values of which a column or an index that somebody added takes one."""
+_REFUSALS = 3
+"""So often the server refuses a row, and takes another, before the row is at fault."""
 _MOST_KNOWN_JOBS = 10_000
 _KNOWN_SECONDS = 3600.0
 """A job that began longer ago may be purged between two of its returns, by any master: it is asked for each time."""
@@ -333,27 +340,34 @@ class Writer:
 
     async def _deliver(self, batch: list[Item]) -> None:
         """Writes a batch and settles it, however long that takes."""
-        attempt = 0
+        attempt = refusals = 0
         while True:
             try:
                 async with self._session_in_use:
                     fates = await self._write(batch)
             except RowsRejected as exc:
                 if len(batch) > 1:
-                    middle = len(batch) // 2
-                    await self._deliver(batch[:middle])
-                    await self._deliver(batch[middle:])
+                    await self._deliver_halves(batch)
                     return
-                log.error("The database refuses an event, which goes to the dead letters: %s", exc)
-                await self._settle(_settlement(batch, {}, {batch[0].seq: ("refused", str(exc))}))
+                await self._refuse(batch[0], exc)
                 return
             except DatabaseError as exc:
                 if isinstance(exc, TooMuch) and len(batch) > 1:
                     log.debug("A batch of %d events is written in halves: %s", len(batch), exc)
-                    middle = len(batch) // 2
-                    await self._deliver(batch[:middle])
-                    await self._deliver(batch[middle:])
+                    await self._deliver_halves(batch)
                     return
+                if isinstance(exc, UnknownRefusal) and await self._takes_another_row():
+                    refusals += 1
+                    if len(batch) > 1:
+                        await self._deliver_halves(batch)
+                        return
+                    if refusals == _REFUSALS:
+                        with contextlib.suppress(DatabaseError):
+                            async with self._session_in_use:
+                                await self._write_job_of(batch[0])
+                        await self._refuse(batch[0], exc)
+                        return
+                    continue
                 session = self._session
                 if session is not None and not session.usable:
                     if isinstance(exc, ConnectionLost) and session.worked:
@@ -370,16 +384,12 @@ class Writer:
                 attempt += 1
                 if isinstance(exc, AnswerTimeout) and attempt > 1 and len(batch) > 1:
                     # The link may be too slow for so much at once.
-                    middle = len(batch) // 2
-                    await self._deliver(batch[:middle])
-                    await self._deliver(batch[middle:])
+                    await self._deliver_halves(batch)
                     return
                 continue
             except _RowsFault as exc:
                 if len(batch) > 1:
-                    middle = len(batch) // 2
-                    await self._deliver(batch[:middle])
-                    await self._deliver(batch[middle:])
+                    await self._deliver_halves(batch)
                     return
                 await self._bury(batch[0], exc)
                 return
@@ -401,6 +411,33 @@ class Writer:
             now = time.time()
             self.lags.extend(max(0.0, now - item.captured_at) for item in batch)
             return
+
+    async def _deliver_halves(self, batch: list[Item]) -> None:
+        middle = len(batch) // 2
+        await self._deliver(batch[:middle])
+        await self._deliver(batch[middle:])
+
+    async def _refuse(self, item: Item, exc: DatabaseError) -> None:
+        log.error("The database refuses an event, which goes to the dead letters: %s", exc)
+        await self._settle(_settlement([item], {}, {item.seq: ("refused", str(exc))}))
+
+    async def _takes_another_row(self) -> bool:
+        """Whether the server takes a return that nobody sent, which is rolled back."""
+        for value in _HARMLESS:
+            try:
+                async with self._session_in_use:
+                    session = await self._ready()
+                    into = self._rows(session)
+                    await into.begin()
+                    with contextlib.suppress(RowsRejected):
+                        await into.write([harmless(value, self.selection.master_id, with_event=self.store_events)])
+                    await session.rollback()
+                    await into.end()
+            except DatabaseError as exc:
+                log.debug("Another row is refused, too: %s", exc)
+            else:
+                return True
+        return False
 
     async def _bury(self, item: Item, exc: _RowsFault) -> None:
         """An event that cannot be made a row, whatever it is, becomes a dead letter."""

@@ -177,6 +177,53 @@ async def test_a_row_that_a_trigger_refuses_is_a_dead_letter_and_its_neighbours_
     assert [row["id"] for row in database.rows("salt_returns")] == ["web1", "web3"]
 
 
+@pytest.mark.parametrize(
+    ("made", "number"),
+    [
+        (
+            "ALTER TABLE salt_returns ADD COLUMN share INT GENERATED ALWAYS AS "
+            "(100 / CAST(JSON_EXTRACT(full_ret, '$.return') AS SIGNED)) STORED",
+            1365,
+        ),
+        (
+            "CREATE TRIGGER one BEFORE INSERT ON salt_returns FOR EACH ROW "
+            "SET NEW.fun = IF(NEW.`return` = '0', (SELECT 1 UNION SELECT 2), NEW.fun)",
+            1242,
+        ),
+    ],
+    ids=["generated column", "trigger"],
+)
+async def test_a_row_that_the_server_refuses_for_whatever_reason_holds_up_no_other(
+    database: Scratch, shipping: Make, made: str, number: int
+) -> None:
+    async with shipping() as ship:
+        await ship.ship(returned(jid(1), "web1", 5))
+        database.sql(made)
+        await ship.take(*(returned(jid(n), "web1", n % 5) for n in range(2, 22)))
+        assert (await ship.drain())["written"] == 17
+        letters = await ship.dead_letters()
+    assert [letter.jid for letter in letters] == [jid(n) for n in (5, 10, 15, 20)]
+    assert all(f"({number})" in letter.error for letter in letters)
+    assert len(database.rows("jids")) == 21, "no job goes along"
+
+
+async def test_an_unknown_error_that_every_row_meets_is_no_rows_fault(database: Scratch, shipping: Make) -> None:
+    async with shipping(flush_interval=0.01) as ship:
+        await ship.ship(returned(jid(1), "web1"))
+        database.sql(
+            "CREATE TRIGGER one BEFORE INSERT ON salt_returns FOR EACH ROW SET NEW.fun = (SELECT 1 UNION SELECT 2)"
+        )
+        await ship.take(returned(jid(2), "web1"), returned(jid(3), "web1"))
+        await ship.fail(2)
+        await ship.take(returned(jid(4), "web1"))
+        await ship.fail(4)
+        assert "(1242)" in ship.fault
+        database.sql("DROP TRIGGER one")
+        books = await ship.drain()
+    assert (books["written"], books["dead_letters"]) == (4, 0)
+    assert len(database.rows("salt_returns")) == 4
+
+
 async def test_a_missing_table_that_is_not_ours_is_named_and_nobody_is_told_to_create_ours(
     database: Scratch, shipping: Make
 ) -> None:

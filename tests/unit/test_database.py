@@ -103,7 +103,29 @@ def _meaning(number: int, text: str = "what the server says") -> errors.Database
 @pytest.mark.parametrize(
     ("numbers", "meaning"),
     [
-        ((1406, 1366, 1264, 1265, 1292, 1048, 1062, 1300, 1153, 1118, 1452, 1644), errors.RowsRejected),
+        (
+            (
+                1406,
+                1366,
+                1264,
+                1265,
+                1292,
+                1048,
+                1062,
+                1300,
+                1153,
+                1118,
+                1452,
+                1644,
+                1365,
+                1690,
+                3141,
+                3157,
+                3751,
+                3903,
+            ),
+            errors.RowsRejected,
+        ),
         ((3140, 3819, 3988, 4025), errors.RowsRejected),
         ((1197, 1206, 1969, 3024), errors.TooMuch),
         ((1205, 1213, 1317, 3101), errors.TransactionAborted),
@@ -111,7 +133,8 @@ def _meaning(number: int, text: str = "what the server says") -> errors.Database
         ((1203, 1226), errors.TooManySessions),
         ((1040, 1053, 1047, 1290, 1021, 1114, 1180, 1792, 1836, 2000, 2001, 2002, 2003), errors.ServerUnavailable),
         ((1045, 1044, 1049, 1142, 1143, 1227, 1146, 1184, 1356, 1449, 1709, 1071, 3159, 1054), errors.OperatorNeeded),
-        ((1364, 1130, 1129, 1862, 1820, 1665, 1698, 2059, 3118, 4151, 9999), errors.OperatorNeeded),
+        ((1364, 1130, 1129, 1862, 1820, 1665, 1698, 2059, 3118, 4151), errors.OperatorNeeded),
+        ((1242, 9999), errors.UnknownRefusal),
     ],
 )
 def test_an_error_of_the_server_means_what_is_done_about_it(numbers: tuple[int, ...], meaning: type) -> None:
