@@ -244,6 +244,36 @@ def test_notes_and_marks_are_known_after_a_restart_and_a_kill(journal: Journal, 
     killed.close()
 
 
+def test_readers_are_told_what_waits_of_a_job_oldest_first_and_of_all_newest_first(journal: Journal) -> None:
+    large = b"x" * (journal_module.WHOLE_BYTES + 1)
+    for number in range(1, 7):
+        body = large if number == 4 else b"body %d" % number
+        journal.append([NewEvent(float(number), f"jid{number % 2}", "minion", body, STATES[number % 3])])
+
+    def held(**which: Any) -> list[int]:
+        which = {"jid": None, "at": 0, "rows": 100, "max_bytes": 10**9, **which}
+        return [entry.seq for entry in journal.held(**which)]
+
+    assert held() == [6, 5, 4, 3, 2, 1]
+    assert (held(at=4), held(at=1), held(rows=2)) == ([3, 2, 1], [], [6, 5])
+    assert (held(jid="jid1"), held(jid="jid0"), held(jid="jid2")) == ([1, 3, 5], [2, 4, 6], [])
+    assert (held(jid="jid1", at=3), held(jid="jid1", at=1, rows=1)) == ([5], [3])
+    assert (held(max_bytes=6), held(max_bytes=7), held(max_bytes=12), held(max_bytes=13)) == (
+        [6],
+        [6, 5],
+        [6, 5],
+        [6, 5, 4, 3],
+    )
+    whole = journal.held(jid="jid0", at=2, rows=1, max_bytes=1)[0]
+    assert (whole.seq, whole.body, whole.size, whole.captured_at, whole.state) == (4, b"", len(large), 4.0, STATES[1])
+    assert journal.taken_through == 0, "a look takes nothing"
+    assert (journal.rows_of("jid1"), journal.rows_of("jid2")) == (3, 0)
+    assert (journal.oldest_seq(), journal.newest_seq()) == (1, 6)
+    assert (journal.oldest(), journal.oldest({1, 2}), journal.oldest(range(9))) == (1.0, 3.0, None)
+    assert b"".join(journal.part_of(4, start, 100_000) for start in range(0, 400_000, 100_000)) == large
+    assert (journal.part_of(1, 2, 3), journal.part_of(99, 0, 10)) == (b"dy ", b"")
+
+
 def test_what_is_taken_comes_with_its_counts_and_its_marks_or_not_at_all(journal: Journal) -> None:
     broken = NewEvent(0.0, None, "minion", b"refused: NOT NULL")  # type: ignore[arg-type] # the point
     with pytest.raises(sqlite3.IntegrityError):

@@ -308,4 +308,38 @@ async def test_a_flood_of_what_never_comes_holds_up_nothing_that_is_young(
     some = [each.seq for each in verifier._next_due(now + 60.0)]
     assert some == [*range(5), *range(100, 105)]
     some = [each.seq for each in verifier._next_due(now + 1.0)]
-    assert some == [*range(105, 115)], "the old ones are not due yet"
+    assert some == [*range(5, 10), *range(105, 110)]
+    some = [each.seq for each in verifier._next_due(now + 0.3)]
+    assert some == [*range(110, 120)], "the old ones are not due yet"
+
+
+async def test_what_is_confirmed_before_the_writer_comes_to_it_is_the_writers_once(
+    tmp_path: Path, cache: Cache
+) -> None:
+    bodies = [returned(jid(number), "web1") for number in range(5)]
+    async with verifying(cache, tmp_path) as ship:
+        await ship.take_at(time.time() - OLD, *bodies)
+        await ship.until(lambda: ship.verifier.waiting == 5)
+        cache.accept(*bodies)
+        await ship.until(lambda: confirmed(ship) == 5 and ship.verifier.waiting == 0)
+        entries, last, _ = await ship.verifier.read(after=0, rows=100, max_bytes=10**6)
+        assert [seq_of(each) for each in entries] == [1, 2, 3, 4, 5]
+        assert await ship.verifier.read(after=last, rows=100, max_bytes=10**6) == ([], 5, True)
+
+
+async def test_while_something_waits_the_job_cache_is_asked_now_and_then(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with verifying(cache, tmp_path, verify_wait_seconds=60.0) as ship:
+        looks = []
+        present = ship.verifier._present
+
+        async def counted(some: list[verify.Deferred]) -> set[int]:
+            looks.append(some)
+            return await present(some)
+
+        monkeypatch.setattr(ship.verifier, "_present", counted)
+        await ship.take_at(time.time() - OLD, returned(jid(1), "web1", "forged"))
+        began = time.monotonic()
+        await ship.until(lambda: time.monotonic() - began > 1.0)  # the time itself is what is tested
+        assert 3 <= sum(map(bool, looks)) <= len(looks) < 60
