@@ -254,7 +254,7 @@ def select_stored_loads(jids: Iterable[str]) -> bytes:
 
 def select_load_sizes(jids: Iterable[str]) -> bytes:
     """The bytes of the stored loads of some jids."""
-    return f"SELECT `jid`, LENGTH(`load`) FROM `jids` WHERE `jid` IN ({_list(jids)})".encode()
+    return f"SELECT `jid`, COALESCE(LENGTH(`load`), 0) FROM `jids` WHERE `jid` IN ({_list(jids)})".encode()
 
 
 def _list(texts: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ import pytest
 from salt_mysql_engine import reconcile
 from salt_mysql_engine.journal import Caps
 from salt_mysql_engine.journalfile import CONFIRMED
+from tests.support.oldtables import make_2014
 from tests.support.scratch import Scratch
 from tests.support.shipping import (
     MASTER,
@@ -132,6 +133,17 @@ async def test_a_user_that_may_have_one_connection_alone_is_reconciled_too(
         assert ship.reconciler is not None
         assert added(await ship.reconcile(0.0)) == (0, 0)
     assert database.count("salt_returns") == 6
+
+
+async def test_a_load_that_is_null_is_filled_in_and_ends_no_pass(
+    database: Scratch, cache: Cache, reconciling: Make
+) -> None:
+    make_2014(database)
+    database.sql("INSERT INTO jids (jid, `load`) VALUES (%s, NULL)", jid(1))
+    cache.accept(*everything())
+    async with reconciling() as ship:
+        assert added(await first(ship)) == (1, 5)
+    assert all(json.loads(row["load"])["jid"] == row["jid"] for row in database.rows("jids"))
 
 
 async def test_a_second_pass_adds_nothing(database: Scratch, cache: Cache, reconciling: Make) -> None:
