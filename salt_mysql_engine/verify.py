@@ -64,7 +64,10 @@ _LOG_LINES, _LOG_SECONDS = 20, 60.0
 _STARTS = (Kind.RUNNER_NEW, Kind.WHEEL_NEW)
 """Their returns say all that they say. 3006 and 3007 store nothing of such a job before its end, so nobody waits."""
 _KINDS_WITH_VALUES = (Kind.JOB_RETURN, Kind.RUNNER_RETURN, Kind.WHEEL_RETURN)
-_VALUES = ("return", "retcode", "success", "out", "fun", "fun_args", "user")
+_VALUES = ("retcode", "success", "out", "fun", "fun_args", "user")
+_SUB_EVENT = ("state.highstate", "state.sls")
+_ADDED = frozenset({"retcode", "jid", "id", "success", "return", "fun", "user", "_stamp"})
+"""What the master writes into the states of these functions."""
 
 InThread = Callable[..., Awaitable[Any]]
 
@@ -417,7 +420,9 @@ class Verifier:
             return
         if event.job is None or event.job.kind not in _KINDS_WITH_VALUES:
             return
-        if all(_packed(said.data.get(key)) == _packed(event.data.get(key)) for key in _VALUES):
+        if all(_packed(said.data.get(key)) == _packed(event.data.get(key)) for key in _VALUES) and (
+            _packed(_as_sent(said.data)) == _packed(_as_sent(event.data))
+        ):
             return
         self.corrected += 1
         self._tell(event.job.jid, f"An event for jid {event.job.jid}, minion {event.job.minion!r} says something "
@@ -650,6 +655,31 @@ def sorted_out(
         else:
             confirmed[entry.seq] = entry.body
     return confirmed, ignored, dead
+
+
+def _as_sent(data: dict[str, Any]) -> Any:
+    """The value of a return, without what the master itself writes into the states of one that failed, before it stores
+    it (``fire_ret_load``, salt/utils/event.py 3006-3008)."""
+    fun, value = data.get("fun"), data.get("return")
+    if not data.get("retcode"):
+        return value
+    if isinstance(fun, list) and isinstance(value, dict):
+        return {name: _states_as_sent(states) if name in _SUB_EVENT else states for name, states in value.items()}
+    if isinstance(fun, list) and isinstance(value, list):
+        return [
+            _states_as_sent(states) if name in _SUB_EVENT else states
+            for name, states in itertools.zip_longest(fun, value)
+        ]
+    return _states_as_sent(value) if fun in _SUB_EVENT else value
+
+
+def _states_as_sent(states: Any) -> Any:
+    if not isinstance(states, dict):
+        return states
+    return {
+        name: {key: its for key, its in state.items() if key not in _ADDED} if isinstance(state, dict) else state
+        for name, state in states.items()
+    }
 
 
 def _packed(value: Any) -> bytes | None:

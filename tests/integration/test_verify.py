@@ -22,6 +22,7 @@ from salt_mysql_engine.saltevent import LEFT_OUT, TRIMMED, Opened, open_event
 from tests.support.scratch import Scratch
 from tests.support.shipping import (
     MASTER,
+    STAMP,
     Cache,
     Shipping,
     body,
@@ -154,6 +155,48 @@ async def test_what_would_be_no_row_anyway_does_not_wait(cache: Cache, verifying
         )
         assert books["ignored"] == {"minion_event": 1, "nocache": 1, "skipped_function": 1, "tag_mismatch": 1}
         assert (books["waiting"], books["pending"]) == (0, 0)
+
+
+def failed_states(job: str, *, stored: bool) -> dict[str, Any]:
+    """What a state run that failed gives. The master writes into it before it stores it (``fire_ret_load``)."""
+    states: dict[str, dict[str, Any]] = {
+        "test_|-good_|-good_|-nop": {"result": True, "comment": "a"},
+        "test_|-bad_|-bad_|-fail": {"result": False, "comment": "b"},
+    }
+    if stored:
+        for state in states.values():
+            state["retcode"] = 2
+        states["test_|-bad_|-bad_|-fail"] |= {"jid": job, "id": "web1", "success": False, "return": "Error: test.fail",
+                                              "fun": "state.sls", "user": "root", "_stamp": STAMP}  # fmt: skip
+    return states
+
+
+@pytest.mark.parametrize("several", [None, list, dict])
+async def test_what_the_master_adds_to_a_failed_state_run_is_no_difference_that_is_told(
+    database: Scratch, cache: Cache, verifying: Make, several: type | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    def event(*, stored: bool, **changes: Any) -> bytes:
+        states = failed_states(jid(1), stored=stored)
+        for state in states.values():
+            state.update(changes)
+        fun: Any = ["test.ping", "state.sls"]
+        value: Any = {"test.ping": True, "state.sls": states} if several is dict else [True, states]
+        retcode: Any = {"test.ping": 0, "state.sls": 2} if several is dict else [0, 2]
+        if several is None:
+            fun, value, retcode = "state.sls", states, 2
+        return returned(jid(1), "web1", value, fun=fun, fun_args=[], retcode=retcode, success=False)
+
+    fun = "state.sls" if several is None else ["test.ping", "state.sls"]
+    cache.accept(published(jid(1), ["web1"], fun=fun), event(stored=True))
+    async with verifying() as ship:
+        books = await ship.ship(event(stored=False))
+        assert (books["written"], ship.verifier.corrected) == (1, 0)
+        assert "says something else" not in caplog.text
+        await ship.ship(event(stored=False, comment="forged"))
+        assert ship.verifier.corrected == 1
+    row = database.row("salt_returns")
+    assert "Error: test.fail" in row["return"], "a row is what the job cache holds, as ever"
+    assert "forged" not in row["return"]
 
 
 # Forged returns
