@@ -8,8 +8,8 @@ beside and renamed, one after the other; 3006.28 and 3008 sync each before, for 
 passed the master's own ``_return`` is there, and the first return of a minion stands. A runner that did not end yet
 is known by ``<cachedir>/proc/<jid>`` (salt/client/mixins.py 3006-3008).
 
-What is confirmed is made of these files alone. Of the event come its ``_stamp`` and ``ts``, two times, each only in the
-form that Salt gives it. No word of a stranger gets into another one's row.
+What is confirmed is made of these files alone. Of the event come its ``_stamp`` and ``ts``, two times that they do not
+hold, each only in the form that Salt gives it. No word of a stranger gets into another one's row.
 
 A file that is half written, of someone else or not there is ``None``. An error that says nothing about the file (out of
 descriptors, a failing disk, no permission) is no answer: it is told apart as :class:`Unreadable`. Salt's own reader is
@@ -157,7 +157,7 @@ class JobCache:
             found = self._found(job, tag, data, patience)
             if found is not None:  # that may depend on what the event says
                 job.answered[tag] = found, job.bytes_read - before
-        return found._replace(data={**found.data, **_times(found.job, data)}) if isinstance(found, Opened) else found
+        return found._replace(data={**found.data, **_times(found, data)}) if isinstance(found, Opened) else found
 
     def _found(self, job: _JobReader, tag: Tag, data: dict[str, Any], patience: float) -> Answer:
         try:
@@ -217,6 +217,8 @@ class JobCache:
             return saltevent.opened(f"salt/{kind}/{tag.jid}/ret", dict(cached["return"]))
         if tag.kind is not Kind.JOB_RETURN or job.load is None:
             return None
+        if not _is_published(job) and is_made_up(tag.jid, job.stored_at(minion)):
+            return Ignored.BAD_JID  # a minion made it up, and no retention would ever reach the row
         out = job.read(f"{minion}/out.p")
         if out is not None:
             cached["out"] = out
@@ -301,12 +303,13 @@ class JobCache:
             OSError: the cache cannot be read.
         """
         with _open_job(self._folder(jid)) as opened:
+            reader = _JobReader(opened, 0)
             try:
-                if _JobReader(opened, 0).returned(minion) is None:
+                if reader.returned(minion) is None:
                     return None
             except _OverLimit:  # whoever makes a row of it reads it
                 pass
-            return _changed_at(f"{minion}/return.p", opened.fd) or _changed_at(minion, opened.fd)
+            return reader.stored_at(minion)
 
     def _folder(self, jid: str) -> str:
         digest = self._hash(jid.encode()).hexdigest()
@@ -401,6 +404,10 @@ class _JobReader:
                     cached = _read(entry.path, max_bytes=self.max_bytes)
         return cached if isinstance(cached, dict) and "return" in cached else None
 
+    def stored_at(self, minion: str) -> float | None:
+        """When a minion's return was stored (seconds since the epoch)."""
+        return _changed_at(f"{minion}/return.p", self.fd) or _changed_at(minion, self.fd)
+
     def outline(self, minion: str) -> dict[str, Any] | None:
         """What the cache has of a return of the master's own, where the value is not wanted: without it."""
         if self.fd is None or not _is_name(minion):
@@ -416,6 +423,11 @@ class _JobReader:
         except (ValueError, TypeError, LookupError, RecursionError):
             return None
         return None if said is None else {"return": said}
+
+
+def is_made_up(jid: str, stored_at: float | None) -> bool:
+    """Whether a jid that nobody published lies in the future of when its return was stored, and of now."""
+    return moments.is_ahead(jid, max(stored_at or 0.0, time.time()))
 
 
 def _has_minions(folder: str) -> bool:
@@ -453,13 +465,19 @@ def _may_have_outputter(data: Mapping[str, Any], cached: Mapping[str, Any]) -> b
         return True
 
 
-def _times(tag: Tag | None, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What is taken from an event: when the minion sent its return, and when the master saw it."""
+def _times(found: Opened, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What is taken from an event: when the minion sent its return, and when the master saw it.
+
+    What a runner or wheel function returned has its own ``_stamp`` in the cache, where it is part of the value.
+    """
     ts, stamp = data.get("ts"), data.get("_stamp")
+    kind = found.job and found.job.kind
     times: dict[str, Any] = {}
-    if tag is not None and tag.kind is Kind.JOB_RETURN and type(ts) is int and 0 <= ts < _MAX_TS:
+    if kind is Kind.JOB_RETURN and type(ts) is int and 0 <= ts < _MAX_TS:
         times["ts"] = ts
-    if moments.is_stamp(stamp):
+    if moments.is_stamp(stamp) and not (
+        kind in saltevent.MASTER_RETURNS and moments.is_stamp(found.data.get("_stamp"))
+    ):
         times["_stamp"] = stamp
     return times
 

@@ -210,8 +210,8 @@ class MendedFile(abc.ABC):
             pid = os.pread(fd, 20, 0).decode(errors="replace") or "?"
             os.close(fd)
             raise JournalError(
-                f"another mysql_jobcache engine is using the journal {self.path}: process {pid}. Perhaps it is "
-                "listed twice under engines"
+                f"another mysql_jobcache engine is using the journal {self.path}: process {pid}. List it once "
+                "under engines, and give each master a cachedir of its own"
             ) from None
         with contextlib.suppress(OSError):  # a full disk, say: this is for people alone
             os.ftruncate(fd, 0)

@@ -14,6 +14,7 @@ END_OF_TIME = 253_402_300_799.0
 """The end of the year 9999."""
 _LATEST = 4_102_444_800.0
 """The year 2100: later moments cannot be told by every clock of ours."""
+_LAST, _DAY = 250_000_000_000.0, 86_400.0  # the year 9892; seconds
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _JID = re.compile(r"\d{20}(_\d{1,10})?", re.ASCII)
@@ -74,6 +75,11 @@ def altered_at(stamp: Any, captured_at: float) -> str:
         if is_day(day):
             return f"{day} {time}.{fraction or '':0<6}"
     return utc(min(max(captured_at, _TIMESTAMPS[0]), _TIMESTAMPS[1])).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def is_ahead(jid: str, moment: float) -> bool:
+    """Whether a jid says that its job began more than a day after a moment (seconds since the epoch)."""
+    return jid > jid_at(min(moment, _LAST) + _DAY)
 
 
 @functools.lru_cache(maxsize=16)

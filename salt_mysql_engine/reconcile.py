@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from . import jobload, jsontext, moments, saltevent, sql
 from .errors import DatabaseError
-from .jobcache import Folder, Job, JobCache
+from .jobcache import Folder, Job, JobCache, is_made_up
 from .journal import Journal
 from .journalfile import STUB, NewEvent
 from .records import Selection
@@ -330,7 +330,7 @@ class Reconciler:
                     stored_at = None
                 if stored_at is None:
                     self._note(unreadable=1)
-                else:
+                elif job.is_publish or not is_made_up(job.jid, stored_at):
                     body = saltevent.stub(job.jid, minion, stored_at)
                     events.append(NewEvent(time.time(), job.jid, minion, body, STUB))
         return events

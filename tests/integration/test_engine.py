@@ -225,11 +225,14 @@ def test_a_second_engine_of_the_same_master_waits_quietly_and_takes_over(host: H
     first = host.start()
     assert host.status()["engine"]["pid"] == first.pid
     second = host.start()
-    host.said(f"process {first.pid}. Perhaps it is listed twice under engines. The engine waits, and tries again")
+    host.said(
+        f"process {first.pid}. List it once under engines, and give each master a cachedir of its own. "
+        "The engine waits, and tries again"
+    )
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     wait_until(lambda: host.status()["engine"]["pid"] == second.pid, timeout=PATIENCE, what="the second engine")
-    assert host.log().count("listed twice") == 1
+    assert host.log().count("List it once") == 1
     host.stop(second)
     assert database.sql("SELECT 1") == [(1,)]
 

@@ -365,6 +365,23 @@ async def test_a_clock_that_was_ahead_once_hides_nothing_from_a_pass(
         assert added(await first(ship)) == (0, 10)
 
 
+async def test_a_return_whose_jid_a_minion_made_up_of_the_future_is_left_alone_by_every_pass(
+    database: Scratch, cache: Cache, reconciling: Make
+) -> None:
+    made_up, published_then = "20990102030405000006", "20990102030405000007"
+    data = call_data(made_up, "mallory")
+    cache.accept(
+        body(f"salt/job/{made_up}/ret/mallory", data),
+        published(published_then, ["web1"]),  # before the clock was set right
+        returned(published_then, "web1"),
+    )
+    async with reconciling() as ship:
+        assert added(await first(ship)) == (1, 1)
+        books = await ship.ship(body(f"salt/job/{made_up}/ret/mallory", data))
+        assert (books["written"], books["ignored"]) == (2, {"bad_jid": 1})
+    assert [row["jid"] for row in database.rows("salt_returns")] == [published_then]
+
+
 async def test_a_clock_that_was_set_back_hides_nothing_from_a_pass(
     database: Scratch, cache: Cache, reconciling: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

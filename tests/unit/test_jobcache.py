@@ -185,6 +185,39 @@ def test_a_time_that_is_none_is_not_taken_from_an_event(cache: Cache, stamp: Any
     assert said == {key: its for key, its in return_data(value={"x": 1}, ts=1767323045).items() if key != "_stamp"}
 
 
+def test_a_jid_that_a_minion_made_up_of_the_future_is_none(cache: Cache) -> None:
+    """No retention would ever reach its row, and a list of the newest jobs would have nothing else."""
+    made_up = "20990102030405000006"
+    its = {**return_data(made_up), "fun": "test.ping"}
+    cache.job(made_up, its, [])
+    cache.returned(made_up, "web1", True, at=LONG_AGO)
+    assert cache.confirm(f"salt/job/{made_up}/ret/web1", its) is Ignored.BAD_JID
+    cache.returned(made_up, "web2", True, at=LONG_AGO)
+    its = {**return_data(made_up, "web2"), "fun": "test.ping"}
+    assert cache.confirm(f"salt/job/{made_up}/ret/web2", its) is Ignored.BAD_JID
+
+
+@pytest.mark.parametrize("seconds", [-86_300, 0, 86_400 * 3650])
+def test_a_jid_of_its_time_stands_whatever_the_clock_is_by_now(cache: Cache, seconds: float) -> None:
+    """As long as a clock is not set right in between, which only a job of the master's own survives."""
+    its = return_data()
+    cache.job(JID, its, [])
+    cache.returned(JID, "web1", True, retcode=0, success=True, at=LONG_AGO + seconds)
+    assert cache.confirm(RETURN, its) == its
+    cache.job(OTHER, load_of(OTHER), ["web1"])
+    cache.returned(OTHER, "web1", True, retcode=0, success=True, at=LONG_AGO - 10 * 86_400)
+    assert cache.confirm(f"salt/job/{OTHER}/ret/web1", return_data(OTHER)) == return_data(OTHER)
+
+
+@pytest.mark.parametrize("kind", ["run", "wheel"])
+def test_a_copy_of_a_runners_return_is_the_same_return_whenever_it_comes(cache: Cache, kind: str) -> None:
+    data = master_data("runner.jobs.active" if kind == "run" else "wheel.key.list_all")
+    cache.job(JID, {"id": MASTER, "tgt": MASTER, "jid": JID, "return": data}, [])
+    cache.returned(JID, MASTER, data, at=LONG_AGO)
+    tag = f"salt/{kind}/{JID}/ret"
+    assert cache.confirm(tag, {**data, "_stamp": "2026-01-02T03:04:09.000006"}) == data
+
+
 def test_what_the_cache_does_not_say_of_a_return_is_not_taken_from_the_event(cache: Cache) -> None:
     cache.job(JID, load_of(), ["web1"])
     cache.returned(JID, "web1", 1, at=LONG_AGO)
