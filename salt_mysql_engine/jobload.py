@@ -22,8 +22,9 @@ def without_secrets(load: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_publish(load: Mapping[str, Any]) -> bool:
-    """Whether a load that the master stored is a publish's, and not made of a return."""
-    return load.keys() >= {"tgt", "fun"} and "return" not in load
+    """Whether a load that the master stored is a publish's, and not made of a return: of one without a value, too, as
+    any minion may send it."""
+    return load.keys() >= {"tgt", "fun"} and "return" not in load and load.get("cmd") != "_return"
 
 
 def publish_data(jid: str, load: Mapping[str, Any], own: list[str], minions: list[str] | None = None) -> dict[str, Any]:

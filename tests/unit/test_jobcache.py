@@ -209,6 +209,19 @@ def test_a_jid_of_its_time_stands_whatever_the_clock_is_by_now(cache: Cache, sec
     assert cache.confirm(f"salt/job/{OTHER}/ret/web1", return_data(OTHER)) == return_data(OTHER)
 
 
+def test_a_return_without_a_value_publishes_no_job_and_hides_no_runner(cache: Cache) -> None:
+    """The master stores it as the load of any jid that has none yet (``store_job``, salt/utils/job.py 3006-3008)."""
+    made_up = {"cmd": "_return", "id": "mallory", "jid": JID, "tgt": "*", "tgt_type": "glob", "fun": "cmd.run",
+               "arg": ["x"], "user": "root"}  # fmt: skip
+    cache.job(JID, made_up, ["web1"])
+    assert cache.confirm(NEW, new_data()) is None
+    assert not cache.read(JID).is_publish
+    assert cache.reader.publish(JID) is None
+    data = master_data()
+    cache.returned(JID, MASTER, data, at=LONG_AGO)
+    assert cache.confirm(f"salt/run/{JID}/ret", data) == data
+
+
 @pytest.mark.parametrize("kind", ["run", "wheel"])
 def test_a_copy_of_a_runners_return_is_the_same_return_whenever_it_comes(cache: Cache, kind: str) -> None:
     data = master_data("runner.jobs.active" if kind == "run" else "wheel.key.list_all")
