@@ -155,7 +155,7 @@ def _run(sample: Sequence[Mutant], sources: dict[str, str], *, jobs: int, second
             for done, future in enumerate(concurrent.futures.as_completed(asked), 1):
                 if future.result():
                     living.append(asked[future])
-                    print(f"\nlives: {asked[future]}", file=sys.stderr)
+                    print(f"\n{done} of {len(sample)}: {asked[future]} lives", file=sys.stderr)
                 progress.show(done, f"{len(living)} live")
     progress.end()
     return living
