@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -353,6 +354,8 @@ def test_on_a_full_disk_publishes_go_where_blocks_are_kept_for_them_and_returns_
     monkeypatch.setattr(spool, "_RETRY_SECONDS", 0.05)
     hand.returned(return_data(jid(0), "web1"))
     assert [len(content) for content in contents(tmp_path, "*.last")] == [128 * 1024] * 8
+    keys = {content[8:16] for content in contents(tmp_path, "*")}
+    assert (len(keys), {key[-1] for key in keys}) == (9, {1}), "no key is like another, nor like zeros"
     free = full_disk(monkeypatch)
     hand.returned(return_data(jid(1), "web1"))
     large = {**LOAD, "arg": ["x" * 50_000]}
@@ -368,6 +371,105 @@ def test_on_a_full_disk_publishes_go_where_blocks_are_kept_for_them_and_returns_
     free()
     wait_until(lambda: not hand._held, timeout=10, what="what is held")
     assert [record.jid for record in spooled(tmp_path)] == [jid(number) for number in (0, 1, 18, 19, 20)]
+
+
+def test_what_is_held_stays_held_through_every_try_that_fails(
+    tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "_RETRY_SECONDS", 0.01)
+    folder = folders.of_journal(str(tmp_path))
+    folder.write_text("in the way")
+    tries = []
+    real = HandOff._catch_up
+
+    def counted(hand: HandOff) -> None:
+        tries.append(len(hand._held))
+        real(hand)
+
+    monkeypatch.setattr(HandOff, "_catch_up", counted)
+    for number in range(3):
+        hand.returned(return_data(jid(number), "web1"))
+    wait_until(lambda: tries.count(3) > 2, timeout=10, what="some tries")
+    folder.unlink()
+    wait_until(lambda: hand._thread is None, timeout=10, what="what is held")
+    assert [record.jid for record in spooled(tmp_path)] == [jid(number) for number in range(3)]
+
+
+def test_that_memory_is_full_is_said_once_and_what_it_cannot_hold_is_counted(
+    tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(spool, "_MEMORY_BYTES", 5000)
+    monkeypatch.setattr(spool, "_RETRY_SECONDS", 0.02)
+    for times in (1, 1, 2):
+        hand.returned(return_data(jid(0), "web1"))
+        free = full_disk(monkeypatch)
+        for number in range(10):
+            hand.returned(return_data(jid(number), "web1", "x" * 1000))
+        assert hand._held_bytes >= 5000
+        assert len(hand._held) < 6
+        free()
+        wait_until(lambda: hand._thread is None, timeout=10, what="what is held")
+        assert caplog.text.count("Memory for returns is full") == min(times, 1)
+    assert len(spooled(tmp_path)) + sum(dropped(tmp_path)) == 33
+    assert dropped(tmp_path)[1] > 12
+
+
+@pytest.mark.parametrize("short", [1, 12, 200])
+def test_a_record_of_which_only_a_part_was_written_is_written_over(
+    tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    monkeypatch.setattr(spool, "_RETRY_SECONDS", 0.02)
+    hand.returned(return_data(jid(0), "web1", "x" * 1000))
+    end = hand._end
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: real(file, data[:short], at))
+    hand.returned(return_data(jid(1), "web1", "x" * 1000))
+    assert len(hand._held) == 1
+    assert [len(content) for content in contents(tmp_path)] == [end], "a reader sees nothing of it"
+    monkeypatch.setattr(os, "pwrite", real)
+    wait_until(lambda: not hand._held, timeout=10, what="what is held")
+    assert [record.jid for record in spooled(tmp_path)] == [jid(0), jid(1)]
+
+
+def test_a_header_of_which_only_a_part_was_written_is_none(
+    tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: real(file, data[:20], at))
+    hand.returned(return_data(jid(0), "web1"))
+    assert contents(tmp_path) == []
+    monkeypatch.setattr(os, "pwrite", real)
+    wait_until(lambda: not hand._held, timeout=10, what="what is held")
+    assert [record.jid for record in spooled(tmp_path)] == [jid(0)]
+
+
+@pytest.mark.parametrize("times", [1, 4, 5])
+def test_a_file_that_the_engine_takes_for_a_dead_processs_is_not_written_to(
+    tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """It was quicker: the new file was not locked yet."""
+    real = folders.create
+    engines: list[int] = []
+
+    def create(folder: int, name: str) -> int:
+        file = real(folder, name)
+        if name.endswith(".spool") and len(engines) < times:
+            engine = os.open(name, os.O_RDWR, dir_fd=folder)
+            fcntl.flock(engine, fcntl.LOCK_SH)
+            os.unlink(name, dir_fd=folder)
+            engines.append(engine)
+        return file
+
+    monkeypatch.setattr(folders, "create", create)
+    hand.keep_out(jid(9))
+    before = descriptors()
+    hand.returned(return_data(jid(0), "web1"))
+    for engine in engines:
+        os.close(engine)
+    assert len(hand._held) == (times == 5), "it gives up for now"
+    assert descriptors() - before == 2 + (times < 5), "two folders and the file"
+    wait_until(lambda: not hand._held, timeout=10, what="what is held")
+    assert [record.jid for record in spooled(tmp_path)] == [jid(0)]
 
 
 def test_a_file_that_cannot_be_begun_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,6 +667,19 @@ def test_what_other_processes_wrote_counts_at_the_next_look(tmp_path: Path, monk
     other.close()
 
 
+def test_between_two_looks_what_this_process_wrote_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "_LOOK_BYTES", 10**9)
+    monkeypatch.setattr(spool, "_LOOK_SECONDS", 60.0)
+    hand = HandOff(opts(tmp_path, journal_max_bytes=2**20))
+    hand.keep_out(jid(100))  # which makes the folder
+    said_used(tmp_path, f"{2**20 - 100_000}\n")
+    for number in range(50):
+        hand.returned(return_data(jid(number), "web1", "x" * 10_000))
+    assert [record.jid for record in spooled(tmp_path)] == [jid(number) for number in range(9)]
+    assert dropped(tmp_path) == (41, 0, 0)
+    hand.close()
+
+
 def test_while_the_folder_cannot_be_looked_at_what_this_process_wrote_still_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -600,7 +715,7 @@ def test_that_it_is_full_is_said_again_only_after_an_eighth_of_it_was_free(
 # A folder that goes away
 
 
-@pytest.mark.parametrize("way", ["deleted", "moved away", "its file deleted"])
+@pytest.mark.parametrize("way", ["deleted", "moved away", "its spool moved away", "its file deleted"])
 def test_what_stood_in_a_folder_that_is_gone_is_written_again_with_what_was_dropped(tmp_path: Path, way: str) -> None:
     hand = HandOff(opts(tmp_path))
     folder = folders.of_journal(str(tmp_path))
@@ -612,6 +727,9 @@ def test_what_stood_in_a_folder_that_is_gone_is_written_again_with_what_was_drop
         shutil.rmtree(folder)
     elif way == "moved away":
         folder.rename(tmp_path / "elsewhere")
+        hand._look_at = 0.0
+    elif way == "its spool moved away":
+        (folder / spool.FOLDER).rename(tmp_path / "elsewhere")
         hand._look_at = 0.0
     else:
         for path in (folder / spool.FOLDER).glob("*.spool"):
