@@ -134,8 +134,8 @@ def _show(line):
 @_clearly
 def dead_letters(show=None, delete=None, export=None, limit=50):
     """
-    What did not become a row: refused by the database, or not confirmed by the master's job cache. Lists the newest
-    ``limit``, oldest of them first.
+    What did not become a row: refused by the database, not confirmed by the master's job cache, or too large. Lists
+    the newest ``limit``, oldest of them first.
 
     show
         The ``seq`` of one, to see it whole.
@@ -179,9 +179,9 @@ def _upkeep():
 @_clearly
 def schema():
     """
-    What the database is (without tables of Salt's, in the style of 2014, saltext.mysql's, ours at a version, somebody
-    else's), what its tables lack, how large they are, and what to do. Works without a running engine, and changes
-    nothing.
+    The server, whose tables the database has (none, those of 2014, saltext.mysql's, ours with their version, or
+    another tool's), what is missing in them, how large they are, and what to do. Works without a running engine, and
+    changes nothing.
 
     .. code-block:: bash
 
@@ -193,10 +193,10 @@ def schema():
 @_clearly
 def migrate(dry_run=False):
     """
-    Bring the tables to the engine's shape, whatever they are now: keys, four-byte text, wide columns, and the
-    partitions that the settings ask for. Of rows that are there twice the first stands. Columns, keys and rows of
-    others stay. The engine and other writers go on meanwhile; it needs room on the database's disk for a copy of the
-    largest table. Interrupted, it goes on where it stopped when it is run again.
+    Upgrade the tables in place, whatever they are now: keys, four-byte text, wide columns, and the partitions that
+    the settings ask for. Of rows that are there twice the first stands. Columns, keys and rows of others stay. The
+    engine and other writers keep running. The database's disk needs room for about twice the largest table. A run that
+    was interrupted continues where it stopped when it is started again.
 
     dry_run
         ``True``: say what would be done, how much room and about how long it takes; change nothing.

@@ -19,8 +19,8 @@ _PORTION_LETTERS, _PORTION_BYTES = 500, 4 * 1024 * 1024
 class DeadLetter(NamedTuple):
     """An event that became no row; times in seconds since the epoch.
 
-    ``reason``: ``refused`` by the database, ``unconfirmed`` by the master's job cache, or the ``fault`` of who made
-    the row. ``state``: the one that it had, and has again when it is retried.
+    ``reason``: ``refused`` by the database, ``unconfirmed`` by the master's job cache, ``too_large``, the end of the
+    ``decoder``, or a ``fault`` of ours. ``state``: the one that it had, and has again when it is retried.
     """
 
     seq: int

@@ -124,8 +124,8 @@ OPTIONS: dict[str, Option] = {
     "wheel_jobs": Option(True, "Store wheel jobs, under the master's id."),
     "skip_functions": Option(
         ["saltutil.find_job"],
-        "Functions whose jobs and returns are not stored, as globs. The default is what the master asks by "
-        "itself while a command waits; an empty list stores that too.",
+        "Functions whose jobs and returns are not stored, as globs. The default is what the master itself asks while a "
+        "command waits; an empty list stores that too.",
     ),
     "skip_values": Option(
         ["runner.jobs.*", "runner.mysql_jobcache.*", "wheel.config.values", "wheel.key.*"],
