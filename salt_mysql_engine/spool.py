@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import logging
 import math
 import os
@@ -657,7 +658,6 @@ def _texts(values: Iterable[Any] | None) -> list[str]:
 
 _all: weakref.WeakSet[HandOff] = weakref.WeakSet()
 _of_process: dict[int, HandOff] = {}
-_forks_watched: list[bool] = []
 
 
 def _after_fork() -> None:
@@ -668,10 +668,9 @@ def _after_fork() -> None:
     _of_process.clear()
 
 
+@functools.cache
 def _watch_forks() -> None:
-    if not _forks_watched:
-        _forks_watched.append(True)
-        os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def current() -> HandOff | None:

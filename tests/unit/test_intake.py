@@ -16,6 +16,7 @@ from salt_mysql_engine.intake import Intake
 from salt_mysql_engine.journal import Caps, Entry, Journal
 from salt_mysql_engine.journalfile import CONFIRMED
 from salt_mysql_engine.spool import Record
+from tests.support.mariadb import wait_until
 from tests.support.shipping import jid
 
 
@@ -434,3 +435,20 @@ def test_files_are_closed_with_the_intake(folder: Path, journal: Journal) -> Non
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     for file in files:
         file.close()
+
+
+def test_a_link_is_not_taken_and_named_once_after_a_moment(
+    folder: Path, journal: Journal, taking: Intake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(intake, "_FOREIGN_SECONDS", 0.5)
+    monkeypatch.setattr(intake, "_TIDY_SECONDS", 0.0)
+    file = File(folder)
+    file.write(1)
+    file.path.rename(folder / "elsewhere")
+    file.path.symlink_to(folder / "elsewhere")
+    steps(taking)
+    assert "is not taken" not in caplog.text, "root gives away a moment later what it makes"
+    wait_until(lambda: taking.step().events > 0 or "is not taken" in caplog.text, timeout=10, what="a word")
+    steps(taking, 20)
+    assert caplog.text.count("is not taken") == 1
+    assert (taken(journal), file.path.is_symlink()) == ([], True)

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from salt_mysql_engine import journal as journal_module
-from salt_mysql_engine import journalfile, saltevent
+from salt_mysql_engine import journalfile, letters, saltevent
 from salt_mysql_engine.errors import JournalError
 from salt_mysql_engine.journal import Caps, DeadLetter, Entry, Journal, NewEvent, Settlement
 from salt_mysql_engine.journalfile import CONFIRMED, STUB, UNCHECKED
@@ -1495,3 +1495,26 @@ def test_dead_letters_over_their_bytes_go_in_one_step(journal: Journal) -> None:
     assert sum(len(letter.body) for letter in letters) <= 8_000_000
     assert (len(letters), letters[-1].jid, letters[0].seq > 1) == (3501, "large", True)
     assert balance(journal) == 0
+
+
+@pytest.mark.parametrize("how", ["retried", "deleted"])
+def test_a_dead_letter_that_is_larger_than_a_portion_is_one(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(letters, "_PORTION_BYTES", 1000)
+    journal.append(events(8, body=b"x" * 450))
+    journal._db.execute("UPDATE events SET body = zeroblob(1001) WHERE seq IN (3, 5)")
+    dead = dict.fromkeys(range(3, 9), ("refused", "why"))
+    journal.settle(Settlement([1, 2], {"written": 2}, dead))
+    portions = []
+    for _ in range(6):
+        if how == "retried":
+            portions.append(journal.retry_dead_letters(None, trusted=False, through=7))
+        else:
+            portions.append(journal.delete_dead_letters(None, through=7))
+    assert portions[0] == 1
+    assert (sum(portions), portions[-1]) == (5, 0)
+    assert max(portions) == 2
+    assert [letter.seq for letter in journal.dead_letters()] == [8]
+    books = journal.books()
+    assert (books["pending"], books["dropped"]) == ((5, {}) if how == "retried" else (0, {"dead_letter_deleted": 5}))

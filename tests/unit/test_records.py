@@ -756,6 +756,7 @@ def test_more_minions_of_a_job_and_its_stubs_are_opened_as_what_they_are() -> No
     more = saltevent.open_event(saltevent.minions_event(job, ["far-1", "far-2"]) or b"")
     assert isinstance(more, Opened)
     assert (more.job, more.data["minions"]) == (Tag(Kind.MINIONS, job, ""), ["far-1", "far-2"])
+    assert (more.trimmed, more.chosen) == (False, False)
     stored_at = 1_774_742_400.25
     for minion, kind in (("web1", Kind.JOB_RETURN), ("", Kind.JOB_NEW)):
         stub = saltevent.open_event(saltevent.stub(job, minion, stored_at))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from salt_mysql_engine import verify
+from salt_mysql_engine import jobcache, verify
 from salt_mysql_engine.items import Item
 from salt_mysql_engine.journal import Entry
 from salt_mysql_engine.journalfile import CONFIRMED, STUB, NewEvent
@@ -343,3 +343,26 @@ async def test_while_something_waits_the_job_cache_is_asked_now_and_then(
         began = time.monotonic()
         await ship.until(lambda: time.monotonic() - began > 1.0)  # the time itself is what is tested
         assert 3 <= sum(map(bool, looks)) <= len(looks) < 60
+
+
+@pytest.mark.parametrize("old", [False, True])
+async def test_what_was_not_asked_since_enough_was_read_comes_next_and_in_its_order(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    monkeypatch.setattr(jobcache, "_CALL_BYTES", 1)
+    bodies = [returned(jid(number), "web1") for number in range(10)]
+    cache.accept(*bodies)
+    async with verifying(cache, tmp_path) as ship:
+        if old:
+            await ahead(ship, *bodies)
+        else:
+            await ship.take(*bodies)
+        found: list[int] = []
+        last, rounds = 0, 0
+        while len(found) < 10 and rounds < 30:
+            entries, last, all_read = await ship.verifier.read(after=last, rows=100, max_bytes=10**6)
+            found += [seq_of(each) for each in entries]
+            rounds += 1
+            assert all_read is old
+        assert found == [*range(1, 11)]
+        assert (ship.verifier.waiting, rounds) == (0, 1 if old else 10)
