@@ -326,8 +326,8 @@ class LargeEvents:
         fit = self.fit
         try:
             answer = None if entry is None or entry.size else await self._ask_to_make(entry, fit)
-        except DecoderDied:
-            answer = None
+        except DecoderDied as exc:  # once more; the second time makes a dead letter of it
+            raise ServerUnavailable(f"the process that decodes large events ended over one: {exc}") from exc
         except DecoderMissing as exc:
             raise ServerUnavailable(f"the process that decodes large events cannot be started: {exc}") from exc
         if answer is None or answer.said[0] != "item":

@@ -20,6 +20,8 @@ import pytest
 
 from salt_mysql_engine import records, saltevent, settings
 from salt_mysql_engine.decoder import Decoder, DecoderDied
+from salt_mysql_engine.errors import ServerUnavailable
+from salt_mysql_engine.items import Large
 from salt_mysql_engine.journalfile import CONFIRMED, STUB
 from salt_mysql_engine.large import setup_of
 from tests.support.mariadb import wait_until
@@ -233,6 +235,23 @@ async def test_a_decoder_that_is_killed_costs_a_start(database: Scratch, shippin
         await ship.take(returned(jid(1), "web1", TEXT))
         await killed_once(ship)
         assert (await ship.settled())["written"] == 1
+
+
+async def test_a_decoder_that_is_killed_over_rows_for_other_tables_makes_no_dead_letter(shipping: Make) -> None:
+    async with shipping(paused=True, **SOON) as ship:
+        await ship.take(with_value(jid(1), "web1", noise(1_000_000)))
+        ship.large.make(1)
+        await ship.until(lambda: bool(ship.large._made))
+        (item,) = ship.large._made
+        ship.large.fit = ship.large.fit._replace(max_packet=2**29)
+        ship.decoder.seconds = 0.0001
+        with pytest.raises(ServerUnavailable, match="ended over one"):
+            await ship.large.fitted(item)
+        assert not await letters(ship)
+        ship.decoder.seconds = 20
+        fitted = (await ship.large.fitted(item)).outcome
+        assert isinstance(fitted, Large)
+        assert fitted.fit.max_packet == 2**29
 
 
 @pytest.mark.parametrize("program", ["", "/nowhere/python", "/bin/false", "/bin/echo"])
