@@ -29,7 +29,7 @@ from typing import Any
 from . import __version__, folders, moments, saltevent, settings, spool
 from .batcher import Limits
 from .bus import BusReader
-from .capture import Capture
+from .capture import Capture, InJournal
 from .control import Argument, Control, Verb, socket_path
 from .database import Database
 from .decoder import Decoder
@@ -524,28 +524,15 @@ class Engine:
 
     async def delete_dead_letters(self, seq: int | None = None) -> dict[str, int]:
         """Drops one dead letter, or all."""
-        return {"deleted": await self._by_portions(self._journal.delete_dead_letters, seq)}
+        return {"deleted": await by_portions(self._in_journal, self._journal, self._journal.delete_dead_letters, seq)}
 
     async def retry(self, seq: int | None = None, trust: bool = False) -> dict[str, int]:
         """Makes one dead letter, or all, pending again."""
         retry = functools.partial(self._journal.retry_dead_letters, trusted=trust)
-        return {"retried": await self._by_portions(retry, seq, done=lambda again: self._writer.announce(again, 0))}
-
-    async def _by_portions(
-        self, work: Callable[..., int], seq: int | None, *, done: Callable[[int], None] = lambda _: None
-    ) -> int:
-        """Does something with one dead letter or all that there are now, a portion at a time; gives how many."""
-        through = await self._in_journal(self._journal.newest_dead_letter)
-        total = 0
-        began = time.monotonic()
-        while some := await self._in_journal(lambda: work(seq, through=through)):
-            total += some
-            done(some)
-            if seq is not None:
-                break
-            await asyncio.sleep(time.monotonic() - began)  # half of the journal's time is everybody else's
-            began = time.monotonic()
-        return total
+        again = await by_portions(
+            self._in_journal, self._journal, retry, seq, done=lambda again: self._writer.announce(again, 0)
+        )
+        return {"retried": again}
 
     async def tables_changed(self) -> dict[str, Any]:
         """Someone brought the tables to another shape: they are looked at before the next batch."""
@@ -693,6 +680,28 @@ class Engine:
 
     def _setup(self) -> Setup:
         return setup_of(self._opts, self._settings, peers=settings.peers(self._opts), has_cache=self._cache is not None)
+
+
+async def by_portions(
+    in_journal: InJournal,
+    journal: Journal,
+    work: Callable[..., int],
+    seq: int | None,
+    *,
+    done: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Does something with one dead letter or all that there are now, a portion at a time; gives how many."""
+    through = await in_journal(journal.newest_dead_letter)
+    total = 0
+    began = time.monotonic()
+    while some := await in_journal(lambda: work(seq, through=through)):
+        total += some
+        done(some)
+        if seq is not None:
+            break
+        await asyncio.sleep(time.monotonic() - began)  # half of the journal's time is everybody else's
+        began = time.monotonic()
+    return total
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -18,7 +19,7 @@ import psutil
 
 from benchmarks.hostile import event, letter
 from salt_mysql_engine import saltevent
-from salt_mysql_engine.engine import spare_collector
+from salt_mysql_engine.engine import by_portions, spare_collector
 from salt_mysql_engine.journal import NewEvent, Settlement
 from tests.support.shipping import Shipping, jid, returned
 
@@ -65,9 +66,8 @@ async def _letters(ship: Shipping, count: int) -> None:
         offset = 0
         while piece := await ship._in_journal(journal.piece_of_dead_letter, listed.seq, offset, _PIECE_BYTES):
             offset += len(piece)
-    through = await ship._in_journal(journal.newest_dead_letter)
-    while again := await ship._in_journal(lambda: journal.retry_dead_letters(None, trusted=False, through=through)):
-        ship.writer.announce(again, 0)
+    retry = functools.partial(journal.retry_dead_letters, trusted=False)
+    await by_portions(ship._in_journal, journal, retry, None, done=lambda again: ship.writer.announce(again, 0))
     await _settled(ship, await ship._in_journal(journal.newest_seq))
 
 
