@@ -106,8 +106,10 @@ class Reader:
         before: str | None = None
         read, page = 0, min(count + 10, _PAGE_ROWS)
         while len(found) < count:
-            where, values = ("", []) if before is None else ("WHERE `jid` < %s ", [before])
-            rows = self.query(f"SELECT `jid`, `load` FROM `jids` {where}ORDER BY `jid` DESC LIMIT %s", *values, page)
+            where, values = ("`jid` IS NOT NULL", []) if before is None else ("`jid` < %s", [before])
+            rows = self.query(
+                f"SELECT `jid`, `load` FROM `jids` WHERE {where} ORDER BY `jid` DESC LIMIT %s", *values, page
+            )
             # By the load, which every row has: `fun` is NULL in rows of other writers.
             whole = _whole_jobs(rows, page)
             found += [(jid, load) for jid, load in _by_jid(whole) if not skip or load.get("fun") != skip]

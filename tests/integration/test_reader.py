@@ -547,11 +547,11 @@ def test_a_row_that_is_no_job_of_salts_hides_no_other(database: Scratch, tmp_pat
     assert jid(0) in [job["JID"] for job in newest]
 
 
-def test_a_load_that_is_null_hides_no_other_job(database: Scratch, tmp_path: Path) -> None:
+def test_a_load_or_jid_that_is_null_hides_no_other_job(database: Scratch, tmp_path: Path) -> None:
     MAKERS["2014"](database)
     good = json.dumps({"fun": "test.ping", "tgt": "*", "arg": [], "user": "root"})
-    for number, load in enumerate([good, None]):
-        database.sql("INSERT INTO jids (jid, `load`) VALUES (%s, %s)", jid(number), load)
+    for job, load in ((jid(0), good), (jid(1), None), (None, good)):
+        database.sql("INSERT INTO jids (jid, `load`) VALUES (%s, %s)", job, load)
     opts = master(database, tmp_path)
     asks = [returner("mysql_jobcache.get_jids"), returner("mysql_jobcache.get_jids_filter", 100)]
     asks += [returner("mysql_jobcache.get_load", jid(1))]
