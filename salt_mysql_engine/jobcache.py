@@ -25,6 +25,7 @@ import hashlib
 import heapq
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -263,7 +264,7 @@ class JobCache:
         """
         path = str(self._jobs / folder.name)
         with _open_job(path) as opened:
-            names = [entry.name for entry in _entries(path)]
+            returned = [entry.name for entry in _entries(path) if _is_id(entry.name) and entry.is_dir()]
             load = _JobReader(opened, MAX_FILE_BYTES).load
             jid = _text_of("jid", opened.fd)
             if not moments.is_jid(jid) and load:
@@ -271,7 +272,6 @@ class JobCache:
                 jid = str(load.get("jid"))
             if not moments.is_jid(jid) or self._folder(jid) != path or _asked_not_to_be_kept(opened):
                 return None
-            returned = [name for name in names if _is_id(name) and name not in ("jid", "endtime")]
             if load is None:
                 return Job(jid, None, False, False, returned)
             return Job(jid, load.get("fun", ""), jobload.is_publish(load), bool(load.get("tgt")), returned)
@@ -454,7 +454,8 @@ def _is_published(job: _JobReader) -> bool:
 
 
 def _asked_not_to_be_kept(job: _OpenJob | _JobReader) -> bool:
-    return job.fd is not None and _changed_at("nocache", job.fd) is not None
+    """By a file. A folder of this name is the return of a minion that is called so."""
+    return job.fd is not None and (it := _stat("nocache", job.fd)) is not None and stat.S_ISREG(it.st_mode)
 
 
 def _may_have_outputter(data: Mapping[str, Any], cached: Mapping[str, Any]) -> bool:
@@ -502,7 +503,7 @@ def _is_name(minion: str) -> bool:
 
 
 def _is_id(name: str) -> bool:
-    """Whether a file's name can be a minion's id: text, and not Salt's own."""
+    """Whether a folder's name can be a minion's id: text, and not Salt's own."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -523,8 +524,13 @@ def _entries(path: str) -> list[os.DirEntry[str]]:
 
 
 def _changed_at(path: str, folder_fd: int | None = None) -> float | None:
+    its = _stat(path, folder_fd)
+    return None if its is None else its.st_mtime
+
+
+def _stat(path: str, folder_fd: int | None) -> os.stat_result | None:
     try:
-        return os.stat(path, dir_fd=folder_fd).st_mtime
+        return os.stat(path, dir_fd=folder_fd)
     except ValueError:
         return None
     except OSError as exc:

@@ -314,6 +314,22 @@ def test_a_job_that_asked_not_to_be_kept_is_told_apart(cache: Cache) -> None:
     assert cache.confirm(f"salt/run/{JID}/ret", master_data()) is Ignored.NOCACHE
 
 
+@pytest.mark.parametrize("name", ["nocache", "endtime"])
+def test_a_minion_that_is_called_as_a_file_of_salts_hides_no_return(cache: Cache, name: str) -> None:
+    cache.job(JID, load_of(), ["web1"])
+    for minion in (name, "web1"):
+        cache.returned(JID, minion, True, retcode=0, success=True, at=LONG_AGO)
+    assert cache.confirm(RETURN, return_data()) == return_data()
+    assert cache.confirm(f"salt/job/{JID}/ret/{name}", return_data(minion=name)) == return_data(minion=name)
+    assert cache.confirm(f"salt/job/{JID}/ret/web2", return_data(minion="web2")) is None, "a dead letter, and kept"
+    assert sorted(cache.read(JID).returned) == sorted([name, "web1"])
+
+
+def test_a_file_of_salts_is_no_minions_return(cache: Cache) -> None:
+    (cache.job(JID, load_of(), ["web1"]) / "endtime").touch()
+    assert cache.read(JID).returned == []
+
+
 NOT_RETURNS = [b"", b"\x81", b"\xc1", values.packed({"return": 1})[:-1], values.packed({"return": 1}) + b"\0"]
 NOT_RETURNS += [values.packed(other) for other in (None, True, "return", ["return"], {"retcode": 0}, {b"x": 1}, 7)]
 NOT_RETURNS += [b"\x81\x91\x01\x01", b"\x91" * 100_000, b"\xdf\xff\xff\xff\xff", bytes(range(255, -1, -1)) * 300]
