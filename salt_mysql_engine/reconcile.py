@@ -246,10 +246,10 @@ class Reconciler:
         for folder in folders:
             try:
                 job = self._cache.job(folder)
-                if job is not None and job.fun is None and job.returned:
-                    self._note(unreadable=1)
-                elif job is not None and self._wants(job):
+                if job is not None and self._wants(job):
                     found.append(_Found(job, sorted(job.returned)))
+                elif job is not None and job.fun is None and job.returned:
+                    self._note(unreadable=1)
             except Exception:  # whatever strangers made the master store, the next job must be looked at
                 log.exception("The job cache's folder %s cannot be used", folder.name)
                 self._note(unreadable=1)
@@ -258,11 +258,22 @@ class Reconciler:
     def _wants(self, job: Job) -> bool:
         if self.retention_days and job.jid < moments.jid_at(time.time() - self.retention_days * 86_400):
             return False
+        return self._wants_function(job) or self._may_be_own(job)
+
+    def _wants_function(self, job: Job) -> bool:
         return saltevent.is_function(job.fun) and not self.selection.skips(job.fun)
 
+    def _may_be_own(self, job: Job) -> bool:
+        """Whether the master may have run it itself, and the load is a minion's, who returned to it before its end."""
+        is_known = job.is_publish or saltevent.master_kind(job.fun) is not None
+        return not is_known and self.selection.master_id in job.returned
+
     def _wants_return(self, job: Job, minion: str) -> bool:
-        kind = saltevent.master_kind(job.fun) if minion == self.selection.master_id else None
-        return kind is None or self.selection.wants_job(saltevent.Tag(kind, job.jid, ""))
+        is_masters = minion == self.selection.master_id
+        kind = saltevent.master_kind(job.fun) if is_masters else None
+        if kind is None:
+            return is_masters or self._wants_function(job)
+        return self.selection.wants_job(saltevent.Tag(kind, job.jid, ""))
 
     async def _compare(self, ask: Ask | None, some: list[_Found]) -> None:
         jids = [found.job.jid for found in some]
