@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.02, 0.1
 _LOOK_GROWTH = 1.6
 """So much longer is each pause between two looks: what comes late is found late by as much as half of that again."""
+_MOST_GROWTH = 50
 _LOOK_EVENTS = 1000
 _LOOK_BYTES = 8 * 1024 * 1024
 _AT_A_TIME_SECONDS = 0.01
@@ -446,7 +447,11 @@ class Verifier:
     def _put_off(self, deferred: Deferred) -> None:
         """Looked for after a pause that grows from look to look, and once more when its time is over."""
         now = time.monotonic()
-        pause = _LOOK_SECONDS * _LOOK_GROWTH ** min(deferred.looks - 1, 50) if deferred.looks else _FIRST_LOOK_SECONDS
+        pause = (
+            _LOOK_SECONDS * _LOOK_GROWTH ** min(deferred.looks - 1, _MOST_GROWTH)
+            if deferred.looks
+            else _FIRST_LOOK_SECONDS
+        )
         over = deferred.since + self.wait_seconds
         due = min(now + pause, over) if over > now else now + _LOOK_SECONDS
         put_off = deferred._replace(looks=deferred.looks + 1, due=due)
