@@ -604,6 +604,36 @@ def test_a_masters_job_is_confirmed_by_its_return_under_the_masters_id(cache: Ca
     assert cache.confirm(f"salt/{kind}/{OTHER}/ret", {**data, "jid": OTHER}) is None
 
 
+def test_a_large_value_that_nobody_wants_is_left_out_unread_and_a_disk_that_fails_meanwhile_gives_no_answer(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = master_data("runner.jobs.list_jobs", **{"return": "x" * 100_000})
+    cache.job(JID, {"id": MASTER, "tgt": MASTER, "jid": JID, "return": data, "fun": data["fun"], "user": "root"})
+    cache.returned(JID, MASTER, data)
+    event = opened(f"salt/run/{JID}/ret", master_data("runner.jobs.list_jobs"))
+
+    def confirm(*, wanted: bool) -> Any:
+        (said,) = cache.reader.confirm([event], PATIENCE, max_bytes=70_000, leaves_out=lambda _: not wanted)
+        return said
+
+    said = confirm(wanted=False)
+    assert isinstance(said, Opened)
+    assert said.data["fun"] == "runner.jobs.list_jobs"
+    assert len(str(said.data)) < 1000
+    assert isinstance(confirm(wanted=True), TooLarge)
+    real, opens = os.open, []
+
+    def fails(path: Any, *args: Any, **kwargs: Any) -> int:
+        if str(path).endswith("return.p"):
+            opens.append(path)
+            if len(opens) == 2:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fails)
+    assert isinstance(confirm(wanted=False), Unreadable)
+
+
 @pytest.mark.parametrize("kind", ["run", "wheel"])
 def test_the_start_of_a_masters_job_is_told_by_its_process_and_then_by_its_return(cache: Cache, kind: str) -> None:
     fun = "runner.jobs.active" if kind == "run" else "wheel.key.list_all"
