@@ -214,8 +214,9 @@ def _job_rows(
 
 
 def _minion_return(tag: Tag, data: dict[str, Any], altered: str, trimmed: bool) -> Record:
-    success = _success(data)
-    retcode = data.get("retcode", 0 if success else 1)
+    outcome = _outcome(data)
+    success = _success(outcome)
+    retcode = outcome.get("retcode", 0 if success else 1)
     return_json = jsontext.dumps(data["return"])
     full_ret = dict(data)  # what is added goes last, after what saltext.mysql would store
     for key, value in (("fun_args", []), ("success", success), ("retcode", retcode)):
@@ -291,6 +292,15 @@ def synthesised_load(ret: Return) -> dict[str, Any]:
     jid of ``req`` (salt/utils/job.py 3008.3).
     """
     return jobload.load_of_return(ret.id, ret.data)
+
+
+def _outcome(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What tells of a return whether it is a success: itself, or its value, where salt-ssh stored it (``cache_job``,
+    salt/client/ssh/__init__.py 3006-3008)."""
+    value = data.get("return")
+    if "success" in data or "retcode" in data or not isinstance(value, dict) or type(value.get("retcode")) is not int:
+        return data
+    return value
 
 
 def _success(data: Mapping[str, Any]) -> bool:

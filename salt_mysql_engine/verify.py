@@ -421,9 +421,7 @@ class Verifier:
             return
         if event.job is None or event.job.kind not in _KINDS_WITH_VALUES:
             return
-        if all(_packed(said.data.get(key)) == _packed(event.data.get(key)) for key in _VALUES) and (
-            _packed(_as_sent(said.data)) == _packed(_as_sent(event.data))
-        ):
+        if _is_same(said.data, event.data):
             return
         self.corrected += 1
         self._tell(event.job.jid, f"An event for jid {event.job.jid}, minion {event.job.minion!r} says something "
@@ -660,6 +658,23 @@ def sorted_out(
         else:
             confirmed[entry.seq] = entry.body
     return confirmed, ignored, dead
+
+
+def _is_same(said: dict[str, Any], held: dict[str, Any]) -> bool:
+    """Whether an event says what the job cache holds."""
+    if not held.keys() & {"success", "retcode"}:
+        return _is_of_ssh(said, held.get("return"))
+    same = all(_packed(said.get(key)) == _packed(held.get(key)) for key in _VALUES)
+    return same and _packed(_as_sent(said)) == _packed(_as_sent(held))
+
+
+def _is_of_ssh(said: dict[str, Any], value: Any) -> bool:
+    """Whether an event says the value, or what salt-ssh takes of it for its event (``run``, salt/client/ssh/__init__.py
+    3006-3008)."""
+    values = [value]
+    if isinstance(value, dict):
+        values += [value[key] for key in (("return",) if "return" in value else ("stdout", "stderr")) if key in value]
+    return _packed(said.get("return")) in map(_packed, values)
 
 
 def _as_sent(data: dict[str, Any]) -> Any:

@@ -199,6 +199,32 @@ async def test_what_the_master_adds_to_a_failed_state_run_is_no_difference_that_
     assert "forged" not in row["return"]
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"return": True, "retcode": 0, "id": "web1", "jid": "x", "fun": "test.ping"}, {}),
+        ({"stdout": "hi", "stderr": "", "retcode": 0}, {"return": "hi"}),
+        ({"stdout": "", "stderr": "ssh: refused", "retcode": 255}, {"return": "ssh: refused", "retcode": 255}),
+        ("text", {"return": "text"}),
+    ],
+)
+async def test_what_salt_ssh_says_in_its_event_alone_is_no_difference_that_is_told(
+    database: Scratch, cache: Cache, verifying: Make, value: Any, said: dict[str, Any]
+) -> None:
+    cache.job(jid(1), {"jid": jid(1), "tgt_type": "glob", "tgt": "web1", "user": "root", "fun": "test.ping", "arg": []})
+    cache.returned(jid(1), "web1", value)
+    event = {"id": "web1", "fun": "test.ping", "fun_args": [], "retcode": 0, "success": True}
+    event |= {"return": True} | (value if isinstance(value, dict) else {}) | said | {"jid": jid(1), "_stamp": STAMP}
+    async with verifying() as ship:
+        books = await ship.ship(body(f"salt/job/{jid(1)}/ret/web1", event))
+        assert (books["written"], ship.verifier.corrected) == (1, 0)
+        await ship.ship(body(f"salt/job/{jid(1)}/ret/web1", {**event, "return": "forged"}))
+        assert ship.verifier.corrected == 1
+    row = database.row("salt_returns")
+    assert json.loads(row["return"]) == value, "a row is what the job cache holds, as ever"
+    assert row["success"] == ("0" if "ssh: refused" in row["return"] else "1")
+
+
 # Forged returns
 
 

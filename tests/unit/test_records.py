@@ -161,6 +161,27 @@ def test_success_is_what_was_said_and_else_what_the_retcode_says(changes: dict[s
         assert json.loads(ret.full_ret_json)["success"] is success
 
 
+@pytest.mark.parametrize(
+    ("value", "success", "retcode", "failed"),
+    [
+        ({"stdout": "", "stderr": "ssh: connect to host", "retcode": 255, "_error": "x"}, False, 255, True),
+        ({"return": True, "retcode": 0, "id": "web1", "fun": "test.ping"}, True, 0, False),
+        ({"return": {}, "retcode": 0, "success": False, "id": "web1"}, False, 0, True),
+        ({"retcode": "x"}, True, 0, False),
+        ({"retcode": True}, True, 0, False),
+        ("text", True, 0, False),
+    ],
+)
+def test_a_return_of_salt_ssh_failed_if_its_value_says_so(
+    value: Any, success: bool, retcode: int, failed: bool
+) -> None:
+    ret = returned(**{"success": ..., "retcode": ..., "return": value})
+    assert (ret.success, json.loads(ret.full_ret_json)["retcode"], ret.failed) == (success, retcode, failed)
+    assert json.loads(ret.full_ret_json)["success"] is success
+    assert json.loads(ret.return_json) == value
+    assert returned(**{"return": {"retcode": 5}}).success, "what has words of its own is asked for no others"
+
+
 def test_a_salt_call_without_success_is_stored_as_a_success_with_its_retcode() -> None:
     assert b", '1', " in sql.return_row(returned(success=...))
     assert b", '0', " in sql.return_row(returned(success=..., retcode=1))
