@@ -117,6 +117,8 @@ class Intake:
         """How many events of each of the newest jobs were taken."""
         self._said = -1
         self._say_at = self._tidy_at = self._last_at = 0.0
+        self._last_waits = False
+        """Whether something stands in the files for a full disk, which is still full."""
 
     @property
     def waiting_bytes(self) -> int:
@@ -128,14 +130,15 @@ class Intake:
         return self._jobs.get(jid) == self._journal.rows_of(jid)
 
     def drain(self) -> Taken:
-        """Takes all that is there now, or as much as a moment allows."""
+        """Takes all that is there now, or as much as a moment and the disk allow."""
+        self._last_at = 0.0
         until = time.monotonic() + _DRAIN_SECONDS
         events = size = 0
         while True:
             taken = self.step()
             events, size = events + taken.events, size + taken.size
             if not taken.more or time.monotonic() > until:
-                return Taken(events, size, taken.more)
+                return Taken(events, size, taken.more or self._last_waits)
 
     def step(self) -> Taken:
         """Takes what is there, some MiB at most.
@@ -236,14 +239,17 @@ class Intake:
 
     def _take_last(self, names: Sequence[str]) -> None:
         """What was written on a full disk becomes a file like the others, once there is room to make it again."""
-        if spool.free_bytes(self._place.spool) < spool.DISK_BYTES:
-            return
+        is_full = spool.free_bytes(self._place.spool) < spool.DISK_BYTES
+        self._last_waits = False
         for number, name in enumerate(sorted(names)):
             with contextlib.suppress(OSError):
                 file = folders.open_file(self._place.spool, name)
                 try:
                     if not os.pread(file, 4, spool.HEADER.size).strip(b"\0"):
                         continue
+                    if is_full:
+                        self._last_waits = True
+                        return
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     new = f"{time.time_ns():020d}-{os.getpid()}-{os.urandom(4).hex()}-{number:06d}.spool"
                     os.rename(name, new, src_dir_fd=self._place.spool, dst_dir_fd=self._place.spool)

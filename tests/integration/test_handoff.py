@@ -733,6 +733,26 @@ def test_on_a_disk_that_is_full_to_the_last_byte_publishes_are_taken_and_returns
         hand.close()
 
 
+async def test_a_publish_is_found_at_once_on_a_full_disk_where_an_engine_runs(shipping: Make, tmp_path: Path) -> None:
+    """Else `salt` takes its own job for none of anybody's."""
+    with mounted(tmp_path / "disk") as disk:
+        hand = HandOff(opts(disk))
+        async with shipping("disk/mysql_jobcache", handed_off=True, listens_in=disk, paused=True) as ship:
+            ballast = fill(disk)
+            await ship._take(ship.intake.drain)
+            hand._look_at = 0.0
+            for number in range(3):
+                hand.published(jid(number), {"tgt": "*", "fun": "test.ping", "user": "root"}, ["web1"])
+                found = await asyncio.to_thread(Pending(opts(disk)).job, jid(number))
+                assert found.load["Minions"] == ["web1"]
+            ballast.unlink()
+            await ship._take(ship.intake.drain)
+            found = await asyncio.to_thread(Pending(opts(disk)).job, jid(2))
+            assert found.load["Minions"] == ["web1"]
+            assert (await ship.books())["captured"] == 3
+        hand.close()
+
+
 def test_short_processes_that_come_and_go_cost_the_workers_nothing(tmp_path: Path) -> None:
     """Without an engine: nobody's end takes anything along that others handed over."""
     script = (
