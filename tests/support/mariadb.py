@@ -281,6 +281,11 @@ class Server:
     def freeze(self) -> None:
         """SIGSTOP: connections stay open and nothing answers, the outage that only timeouts can see."""
         os.kill(self.pid, signal.SIGSTOP)
+        wait_until(self._is_stopped, timeout=10, what="the server's threads to stop")
+
+    def _is_stopped(self) -> bool:
+        threads = (each.read_text() for each in Path(f"/proc/{self.pid}/task").glob("*/stat"))
+        return all(text.rpartition(") ")[2].startswith("T") for text in threads)
 
     def thaw(self) -> None:
         """SIGCONT: undo `freeze`."""
