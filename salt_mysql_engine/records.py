@@ -132,7 +132,9 @@ def interpret(event: Opened, captured_at: float, selection: Selection) -> Record
     if selection.is_of_peer(data):
         return Ignored.PEER
     if "return" in data and selection.leaves_out(data.get("fun")):
-        data, trimmed = {**data, "return": LEFT_OUT}, False
+        outcome = _outcome(data)
+        told = {key: outcome[key] for key in ("success", "retcode") if key in outcome}
+        data, trimmed = {**data, **told, "return": LEFT_OUT}, False
     chosen = chosen or selection.wants_event(tag)
     altered = moments.altered_at(data.get("_stamp"), captured_at)
     # A long tag is cut, as a long function is: the row of an event must not take the job's along.

@@ -180,6 +180,9 @@ def test_a_return_of_salt_ssh_failed_if_its_value_says_so(
     assert json.loads(ret.full_ret_json)["success"] is success
     assert json.loads(ret.return_json) == value
     assert returned(**{"return": {"retcode": 5}}).success, "what has words of its own is asked for no others"
+    left_out = returned(selection(skip_values=["*"]), **{"success": ..., "retcode": ..., "return": value})
+    if isinstance(value, dict) and type(value["retcode"]) is int:
+        assert (left_out.success, left_out.failed) == (success, failed), "also where the value is left out"
 
 
 def test_a_salt_call_without_success_is_stored_as_a_success_with_its_retcode() -> None:
