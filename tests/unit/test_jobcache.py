@@ -431,6 +431,33 @@ def test_an_error_that_says_nothing_about_a_file_is_no_answer(
     assert present == [True] or call != "stat", "it is looked at, and so waits"
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+@pytest.mark.parametrize("name", [".load.p", "return.p", "out.p", ".minions.p"])
+def test_a_single_file_that_cannot_be_opened_leaves_its_event_without_an_answer_and_no_other(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, number: int, name: str
+) -> None:
+    for jid in (JID, OTHER):
+        cache.job(jid, load_of(jid=jid), ["web1"])
+        cache.returned(jid, "web1", True, out="nested", retcode=0, success=True)
+    tag, data = (f"salt/job/{JID}/new", new_data()) if name == ".minions.p" else (RETURN, return_data())
+    events = [opened(tag, data), opened(f"salt/job/{OTHER}/ret/web1", return_data(jid=OTHER))]
+    real, other = os.open, str(cache.folder(OTHER))
+    folder: list[str] = []
+
+    def fails(path: Any, *args: Any, **kwargs: Any) -> int:
+        if "/jobs/" in str(path):
+            folder.append(str(path))
+        elif str(path).endswith(name) and folder[-1] != other:
+            raise OSError(number, os.strerror(number))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fails)
+    said, others = cache.reader.confirm(events, PATIENCE)
+    assert isinstance(said, Unreadable)
+    assert os.strerror(number) in said.error
+    assert isinstance(others, Opened)
+
+
 # A publish
 
 
