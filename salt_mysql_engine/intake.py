@@ -110,7 +110,6 @@ class Intake:
         self._unopened: list[str] = []
         """What is left of the last listing, newest first: thousands of files are not listed again for each few."""
         self._marks: dict[str, float] | None = None
-        self._more_files = False
         self._salvaged = ""
         self._since = moments.jid_at(time.time())
         self._jobs: dict[str, int] = {}
@@ -148,11 +147,12 @@ class Intake:
         """
         self.error = ""
         try:
-            self._find()
+            more = self._find()
         except OSError as exc:
             self._note(f"The spool in {self._place.path} cannot be read: {exc}")
             return Taken(0, 0, more=False)
         step = self._read_all()
+        step.more |= more
         events = [NewEvent(*record, CONFIRMED) for record in heapq.merge(*step.found, key=attrgetter("captured_at"))]
         if step.reached:
             self._take(events, step)
@@ -170,7 +170,8 @@ class Intake:
 
     # What is there
 
-    def _find(self) -> None:
+    def _find(self) -> bool:
+        """Opens what is new, some at a time; whether there is more."""
         if self._place.enter():
             self._marks = None  # a journal that is in this place may have taken of its files
             self._said = -1
@@ -185,12 +186,12 @@ class Intake:
         room = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2) - len(self._files)
         for _ in range(min(room, _STEP_FILES, len(self._unopened))):
             self._open(self._unopened.pop(), self._marks)
-        self._more_files = bool(self._unopened) and room > 0
         if self._salvaged != self._journal.salvaged:  # a damaged journal may have lost how far we came
             self._salvaged = self._journal.salvaged
             again = _Step()
             again.reached = {file.name: (file.offset, file.counted) for file in self._files.values()}
             self._take([], again)
+        return bool(self._unopened) and room > 0
 
     def _list(self) -> None:
         now = time.monotonic()
@@ -279,7 +280,7 @@ class Intake:
                 busy.append(file)
             elif file.is_ended and file.name not in step.reached:
                 step.finished.append(file)
-        step.more |= len(busy) > _STEP_FILES or self._more_files
+        step.more |= len(busy) > _STEP_FILES
         busy = sorted(busy, key=lambda each: each.read_at)[:_STEP_FILES]
         for file in busy:
             file.read_at = time.monotonic()
