@@ -585,7 +585,8 @@ class Verifier:
         what = f"the return of {deferred.minion!r}" if deferred.minion else "the job"
         self._tell(deferred.jid, f"The master's job cache does not hold {what} for jid {deferred.jid}: forged, or of "
                    "another master; it goes to the dead letters")  # fmt: skip
-        return f"not in the master's job cache within {self.wait_seconds:g} s"
+        waited = min(self.wait_seconds, time.monotonic() - deferred.since)  # less in a crowd
+        return f"not in the master's job cache within {waited:.3g} s"
 
     async def _look_ahead(self) -> bool:
         """Confirms a step of what the writer will come to later; whether there is more.
