@@ -105,6 +105,23 @@ async def test_of_rows_of_events_each_stays(tmp_path: Path, cache: Cache) -> Non
         assert (books["pending"], books["duplicates"]) == (2, 0)
 
 
+@pytest.mark.parametrize("events", [["salt/job/*"], []])
+async def test_what_is_no_row_of_a_job_is_one_of_events_where_that_is_asked_for(
+    tmp_path: Path, cache: Cache, events: list[str]
+) -> None:
+    cache.accept(published(jid(1), ["web1"]), returned(jid(1), "web1"))
+    async with verifying(cache, tmp_path, events=events) as ship:
+        books = await ahead(ship, returned(jid(1), "web1", fun=7))
+        opened = [open_event(each) for each in bodies_of(ship)]
+    if events:
+        assert [(each.job, each.chosen, each.data["fun"]) for each in opened if isinstance(each, Opened)] == [
+            (None, True, 7)
+        ]
+        assert books["pending"] == 1
+    else:
+        assert books["ignored"]["wrong_type"] == 1
+
+
 async def test_what_the_job_cache_never_holds_is_a_dead_letter_when_its_time_is_over_and_not_before(
     tmp_path: Path, cache: Cache
 ) -> None:
