@@ -50,12 +50,26 @@ def asked(site: Site, *asks: Ask) -> list[Answer]:
     return ask(asks, config=site.master.config_dir / "master")
 
 
-def printed(site: Site, *args: str) -> dict[str, Any]:
+def quickly(site: Site, *args: str, within: float) -> subprocess.CompletedProcess[str]:
+    """What ``salt`` gives in so many seconds.
+
+    That of 3007 leaves the bus for a moment whenever nothing came for one (``PublishClient.recv``,
+    salt/transport/tcp.py), and waits for its timeout where a return came just then: one quick answer of three will do.
+    """
+    for _ in range(3 if SERIES == 3007 else 1):
+        began = time.monotonic()
+        done = site.master.cli("salt", "--out=json", "--timeout=60", *args)
+        took = time.monotonic() - began
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), done
+        if took < within:
+            break
+    assert took < within
+    return done
+
+
+def printed(site: Site, *args: str, within: float = PATIENCE) -> dict[str, Any]:
     """What ``salt`` prints, without waiting for its timeout. (With ``--static`` it would be a batch job.)"""
-    began = time.monotonic()
-    done = site.master.cli("salt", "--out=json", "--timeout=60", *args)
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done
-    assert time.monotonic() - began < PATIENCE
+    done = quickly(site, *args, within=within)
     decoder, answers, rest = json.JSONDecoder(), {}, done.stdout.strip()
     while rest:
         document, end = decoder.raw_decode(rest)
@@ -263,21 +277,17 @@ def test_with_mysql_away_jobs_run_and_are_found_and_arrive_once_afterwards(site:
     server = site.database.server
     began = time.monotonic()
     assert len(printed(site, "*", "test.ping")) == 2
-    usual = time.monotonic() - began
+    usual = min(time.monotonic() - began, PATIENCE)
     if fault == "killed":
         server.kill()
     else:
         server.freeze()
     try:
-        began = time.monotonic()
-        assert printed(site, "*", "test.echo", fault) == {"alpha": fault, "beta": fault}
-        assert time.monotonic() - began < usual + AT_ONCE  # what was published just now needs no database
-        began = time.monotonic()
-        done = site.master.cli(
-            "salt", "--static", "--out=json", "--timeout=60", "*", "test.outputter", f"static {fault}"
-        )
-        assert (done.returncode, done.stdout.count(f"static {fault}")) == (0, 2), done
-        assert time.monotonic() - began < usual + AT_ONCE  # nor do the parts of a batch, which the engine holds whole
+        within = usual + AT_ONCE  # what was published just now needs no database
+        assert printed(site, "*", "test.echo", fault, within=within) == {"alpha": fault, "beta": fault}
+        # Nor do the parts of a batch, which the engine holds whole.
+        done = quickly(site, "--static", "*", "test.outputter", f"static {fault}", within=within)
+        assert done.stdout.count(f"static {fault}") == 2, done
         site.minions["alpha"].call("test.arg", fault)
         answers = asked(
             site,
