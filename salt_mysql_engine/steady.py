@@ -114,24 +114,21 @@ class Steady:
 
     async def change(self, statement: str) -> None:
         """A change of a table, however long it takes. It waits a second at most for those that use the table now, who
-        would make everybody after it wait too, and is tried again. When the answer of a try was lost, the next one may
-        find it done."""
-        answer_lost = False
+        would make everybody after it wait too, and is tried again. What a try did whose answer was lost, or after whose
+        answer the connection was, the next one finds done."""
+        tries = 0
 
         async def work(session: Session) -> None:
-            nonlocal answer_lost
+            nonlocal tries
+            tries += 1
             usual, session.statement_timeout = session.statement_timeout, _CHANGE_SECONDS
-            try:
-                await session.execute(statement)
-            except ServerUnavailable:
-                answer_lost = True
-                raise
+            await session.execute(statement)
             session.statement_timeout = usual
 
         try:
             await self.transaction(work)
         except DatabaseError as exc:
-            if not answer_lost or number_of(exc) not in _DONE_ALREADY[statement.split()[0]]:
+            if tries == 1 or number_of(exc) not in _DONE_ALREADY[statement.split()[0]]:
                 raise
 
     async def rows(self, statement: str) -> list[tuple[Any, ...]]:

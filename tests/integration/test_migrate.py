@@ -17,6 +17,7 @@ import pymysql
 import pytest
 
 from salt_mysql_engine import schema, upkeep
+from salt_mysql_engine.database import Session
 from salt_mysql_engine.upkeep import EngineError
 from tests.support import migrator
 from tests.support.mariadb import MariaDB, accepts, wait_until
@@ -692,6 +693,31 @@ def test_a_change_whose_answer_was_lost_is_found_done(database: Scratch, tmp_pat
         proxy.lose_answer(to=change.encode(), times=1)
         migrate(opts)
         assert proxy.lost == 1
+    assert returns(database) == values
+
+
+@pytest.mark.parametrize("change", ["CREATE TABLE", "ALTER TABLE", "RENAME TABLE", "DROP TABLE"])
+def test_a_change_after_whose_answer_the_connection_is_lost_is_found_done(
+    database: Scratch, opts: Opts, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    make_2014(database)
+    values = fill(database, 50)
+    execute, commit, done, lost = Session.execute, Session.commit, [""], []
+
+    async def executed(session: Session, statement: bytes | str) -> int:
+        done.append(statement if isinstance(statement, str) else "")
+        return await execute(session, statement)
+
+    async def committed(session: Session) -> None:
+        if done[-1].startswith(change) and not lost:
+            lost.append(done[-1])
+            session.close()
+        await commit(session)
+
+    monkeypatch.setattr(Session, "execute", executed)
+    monkeypatch.setattr(Session, "commit", committed)
+    migrate(opts)
+    assert len(lost) == 1
     assert returns(database) == values
 
 

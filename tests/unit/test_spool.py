@@ -279,13 +279,15 @@ def test_a_folder_that_cannot_be_written_costs_nothing_that_memory_can_hold(
     tmp_path: Path, hand: HandOff, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(spool, "_RETRY_SECONDS", 0.02)
+    before = threading.enumerate()
     folder = folders.of_journal(str(tmp_path))
     folder.write_text("in the way")
     for number in range(3):
         hand.returned(return_data(jid(number), "web1"))
     hand.returned(return_data(jid(3), "web1", DEEP))
     assert [record.levelno for record in caplog.records if "holding returns in memory" in record.message] == [40]
-    (thread,) = [each for each in threading.enumerate() if each.name == "mysql_jobcache hand-off"]
+    (thread,) = [each for each in threading.enumerate() if each not in before]
+    assert thread.name == "mysql_jobcache hand-off"
     assert thread.daemon, "a worker that ends does not wait for it"
     folder.unlink()
     thread.join(10)
