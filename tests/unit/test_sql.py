@@ -163,6 +163,14 @@ def test_statements_hold_every_row_once_and_in_order_under_the_limit(given_: tup
     assert sent == rows
 
 
+@pytest.mark.parametrize(("spare", "counts"), [(0, [10]), (-1, [9, 1]), (9, [10])])
+def test_a_statement_is_filled_to_its_last_byte_and_no_further(spare: int, counts: list[int]) -> None:
+    rows = [b"(1234567)"] * 10  # ten bytes with the comma
+    max_bytes = sql.STATEMENT_ROOM + 100 + spare
+    made = list(sql.statements(sql.INSERT_LOADS, rows, sql.KEEP_LOADS, max_bytes=max_bytes))
+    assert [count for _, count in made] == counts
+
+
 def test_rows_that_fit_together_go_in_one_statement() -> None:
     ((_, count),) = sql.statements(sql.INSERT_LOADS, [b"(1)"] * 1000, sql.KEEP_LOADS, max_bytes=8 * 1024)
     assert count == 1000
