@@ -44,7 +44,9 @@ PLAN: Final[dict[str, Tests]] = {
     "capture": Tests(("unit/test_capture.py",), ("integration/test_journal_faults.py", "integration/test_writer.py")),
     "batcher": Tests(("unit/test_batcher.py",), ("integration/test_machine.py",)),
     "sql": Tests(("unit/test_sql.py",), ("integration/test_writer.py", "integration/test_old_tables.py")),
-    "items": Tests(("unit/test_stencil.py", "unit/test_large.py"), ("integration/test_writer.py",)),
+    "items": Tests(
+        ("unit/test_items.py", "unit/test_stencil.py", "unit/test_large.py"), ("integration/test_writer.py",)
+    ),
     "rows": Tests((), ("integration/test_writer.py", "integration/test_old_tables.py", "integration/test_large.py")),
     "control": Tests(("unit/test_control.py",)),
     "settings": Tests(("unit/test_settings.py",)),

@@ -337,6 +337,18 @@ def test_a_disk_with_just_enough_room_takes_returns(
     assert [record.jid for record in spooled(tmp_path)] == [jid(1)]
 
 
+@pytest.mark.parametrize("spare", [0, -1])
+def test_the_files_for_a_full_disk_are_made_while_it_has_room_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    monkeypatch.setattr(spool, "free_bytes", lambda _: spool.DISK_BYTES + spool._LAST_BYTES + spare)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    spool.make_last(folder)
+    os.close(folder)
+    made = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert made == (dict.fromkeys(spool.LAST, spool._LAST_BYTES) if spare == 0 else {})
+
+
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """A disk on which no file grows; gives what frees it."""
     real = os.pwrite
