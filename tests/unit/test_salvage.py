@@ -525,7 +525,7 @@ def test_damage_that_an_append_meets_costs_none_of_the_new_events(opened: Journa
     assert (lost(opened), balance(opened)) == (len(gone), 0)
 
 
-@pytest.mark.parametrize("fate", ["written", "dead"])
+@pytest.mark.parametrize("fate", ["written", "written one by one", "dead"])
 def test_settling_what_the_salvage_lost_puts_the_books_right(opened: Journal, fate: str) -> None:
     """A batch is in the writer's memory, and reaches the database, whatever became of the journal meanwhile."""
     before = opened.books()
@@ -538,8 +538,9 @@ def test_settling_what_the_salvage_lost_puts_the_books_right(opened: Journal, fa
     assert in_batch != gone
     assert lost(opened) == len(gone)
     seqs = [entry.seq for entry in batch]
-    if fate == "written":
-        opened.settle(Settlement(seqs, {"written": len(seqs)}, {}))
+    if fate != "dead":
+        for some in [seqs] if fate == "written" else [[seq] for seq in seqs]:
+            opened.settle(Settlement(some, {"written": len(some)}, {}))
         assert lost(opened) == len(gone - in_batch)
         assert opened.books()["written"] == before["written"] + len(seqs)
     else:  # what is gone cannot be kept as a dead letter
