@@ -175,8 +175,9 @@ class LargeEvents:
         self._on_made = on_made
         self._on_settled = on_settled
         self._unchecked: dict[int, _Waiting] = {}
-        self._line: dict[bytes, list[int]] = {}
-        """The same in the order in which they are looked at, together where they stand for one row."""
+        self._lines: tuple[dict[bytes, list[int]], dict[bytes, list[int]]] = ({}, {})
+        """The same in the order in which they are looked at, together where they stand for one row; behind all others
+        those of which the job cache holds nothing."""
         self._confirmed: dict[int, None] = {}
         self._made: collections.deque[Item] = collections.deque()
         self._out: dict[int, int] = {}
@@ -194,11 +195,13 @@ class LargeEvents:
     def __contains__(self, seq: int) -> bool:
         return seq in self._unchecked or seq in self._confirmed or seq in self._out
 
-    def look_for(self, entry: Entry, patience: float, *, is_over: bool = False, alone: bool = False) -> None:
-        """One more to confirm, together with others of its tag or ``alone``."""
+    def look_for(
+        self, entry: Entry, patience: float, *, is_over: bool = False, alone: bool = False, is_last: bool = False
+    ) -> None:
+        """One more to confirm, together with others of its tag or ``alone``; ``is_last``: behind all others."""
         tag = entry.body[: saltevent.MAX_TAG_BYTES].partition(saltevent.SEPARATOR)[0]
         self._unchecked[entry.seq] = _Waiting(patience, is_over)
-        self._line.setdefault(b"%d %b" % (entry.seq if alone else 0, tag), []).append(entry.seq)
+        self._lines[is_last].setdefault(b"%d %b" % (entry.seq if alone else 0, tag), []).append(entry.seq)
         self._news.set()
 
     def make(self, seq: int) -> None:
@@ -252,9 +255,9 @@ class LargeEvents:
             except DecoderDied:
                 self._confirmed[seq] = self._confirmed.pop(seq)  # behind all others
             return True
-        if self._line:
-            key = next(iter(self._line))
-            seqs = self._line.pop(key)  # who comes now is looked at later: a publish may have grown by then
+        if line := self._lines[0] or self._lines[1]:
+            key = next(iter(line))
+            seqs = line.pop(key)  # who comes now is looked at later: a publish may have grown by then
             try:
                 for seq in await self._look(seqs):
                     self._unchecked.pop(seq, None)
@@ -262,7 +265,7 @@ class LargeEvents:
                 pass
             finally:
                 if left := [seq for seq in seqs if seq in self._unchecked]:
-                    self._line[key] = left + self._line.get(key, [])
+                    line[key] = left + line.get(key, [])
             return True
         return False
 

@@ -182,14 +182,14 @@ class Verifier:
             entries: list[Entry] = await self._in_journal(
                 lambda: self._journal.read(after=after, rows=rows, max_bytes=max_bytes)
             )
-            look = await self.look_at(self._small(entries))
+            look = await self.look_at(await self._small(entries))
             self._defer(look)
             self._again.extend(each.entry.seq for each in look.left_over)
         last = entries[-1].seq if entries else after
         all_read = len(entries) < rows and sum(len(entry.body) for entry in entries) < max_bytes and not self._again
         return [*look.going_on], last, all_read
 
-    def _small(self, entries: Iterable[Entry]) -> list[Entry]:
+    async def _small(self, entries: Iterable[Entry]) -> list[Entry]:
         """Those to be looked at here, and now; the others get into line."""
         small: list[Entry] = []
         for entry in entries:
@@ -200,18 +200,36 @@ class Verifier:
             elif entry.state == CONFIRMED or (self._cache is None and entry.state != STUB):
                 self._large.make(entry.seq)
             else:
-                self._look_for(entry, self.wait_seconds / 2)
+                self._look_for_large(await self._with_tag(entry))
         return small
 
-    def _look_for(self, entry: Entry, patience: float, *, is_over: bool = False) -> None:
-        self._large.look_for(entry, patience, is_over=is_over, alone=self._row_of(entry.body) is None)
+    async def _with_tag(self, entry: Entry) -> Entry:
+        if not entry.size:
+            return entry
+        return entry._replace(body=await self._in_journal(self._journal.part_of, entry.seq, 0, saltevent.MAX_TAG_BYTES))
+
+    def _look_for_large(self, entry: Entry) -> None:
+        """The decoder opens a large event when the job cache holds something of it. To open one takes its time, and
+        strangers may send any number: theirs are opened when their time is over, and nothing else is in line."""
+        tag = saltevent.parse_tag(_tag_of(entry.body).decode(errors="replace"))
+        if not self.enabled or entry.state == STUB or tag is None:
+            self._look_for(entry, self.wait_seconds / 2)
+        elif tag.kind in _STARTS:
+            self._look_for(entry, self.wait_seconds / 2, is_last=True)
+        else:
+            self._put_off(self._deferred_of(entry.seq, tag, time.monotonic()))
+            self._some_wait.set()
+
+    def _look_for(self, entry: Entry, patience: float, *, is_over: bool = False, is_last: bool = False) -> None:
+        alone = self._row_of(entry.body) is None
+        self._large.look_for(entry, patience, is_over=is_over, alone=alone, is_last=is_last)
 
     def _row_of(self, body: bytes) -> bytes | None:
         """The tag of an event, where all events of this tag make one row: all are made of the job cache's files.
 
         Not where each has a row of events, too, nor where what is made of it is the event's own word.
         """
-        tag = body[: saltevent.MAX_TAG_BYTES].partition(saltevent.SEPARATOR)[0]
+        tag = _tag_of(body)
         text = tag.decode(errors="replace")
         is_row = self.enabled and saltevent.parse_tag(text) is not None and not self.selection.wants_event(text)
         return tag if is_row else None
@@ -257,7 +275,7 @@ class Verifier:
     async def _read_again(self, rows: int, max_bytes: int) -> list[Entry | Checked | Item]:
         seqs = list(itertools.islice(self._again, rows))
         entries, looked = await self._in_journal(self._journal.read_these, seqs, max_bytes)
-        look = await self.look_at(self._small(entries))
+        look = await self.look_at(await self._small(entries))
         for _ in range(looked):
             self._again.popleft()
         self._defer(look)
@@ -494,16 +512,18 @@ class Verifier:
                 for entry in entries:
                     is_young = now - self._deferred[entry.seq].since < self.wait_seconds / 2
                     if is_large(entry):
-                        self._to_decoder(entry, is_young=is_young, is_over=entry.seq in over)
+                        entry = await self._with_tag(entry)
+                        is_over, is_last = entry.seq in over, entry.seq not in there
+                        self._to_decoder(entry, is_young=is_young, is_over=is_over, is_last=is_last)
                     else:
                         (young if is_young else old).append(entry)
                 await self._end_some(await self.look_at(young), over)
                 await self._end_some(await self.look_at(old, 0.0), over)
             return len(some) >= _LOOK_EVENTS // 2
 
-    def _to_decoder(self, entry: Entry, *, is_young: bool, is_over: bool) -> None:
+    def _to_decoder(self, entry: Entry, *, is_young: bool, is_over: bool, is_last: bool = False) -> None:
         self._looked_for[entry.seq] = self._deferred.pop(entry.seq)
-        self._look_for(entry, self.wait_seconds / 2 if is_young else 0.0, is_over=is_over)
+        self._look_for(entry, self.wait_seconds / 2 if is_young else 0.0, is_over=is_over, is_last=is_last)
 
     async def _end_some(self, look: _Look, over: set[int]) -> None:
         """Ends the wait of those that the cache holds, and of those whose time is ``over``."""
@@ -604,7 +624,7 @@ class Verifier:
                 return False
             # Without verification the others go on as they are.
             to_look_at = (entry for entry in entries if self.enabled or entry.state == STUB)
-            look = await self.look_at(self._small(to_look_at))
+            look = await self.look_at(await self._small(to_look_at))
             taken = self._journal.taken_through
             confirmed, ignored, dead = sorted_out(look.going_on)
             await self._settle(
@@ -701,6 +721,10 @@ def _states_as_sent(states: Any) -> Any:
         name: {key: its for key, its in state.items() if key not in _ADDED} if isinstance(state, dict) else state
         for name, state in states.items()
     }
+
+
+def _tag_of(body: bytes) -> bytes:
+    return body[: saltevent.MAX_TAG_BYTES].partition(saltevent.SEPARATOR)[0]
 
 
 def _packed(value: Any) -> bytes | None:
