@@ -265,7 +265,7 @@ class Engine:
         while not self._stop.is_set():
             try:
                 await self._in_journal(self._journal.open)
-            except Exception as exc:  # noqa: BLE001 (whatever it is)
+            except Exception as exc:  # noqa: BLE001 (it is said, and tried again; nothing of it goes into Salt)
                 if str(exc) != said:
                     expected = isinstance(exc, JournalError)
                     log.error("%s. The engine waits, and tries again", exc, exc_info=None if expected else exc)

@@ -31,7 +31,7 @@ from salt_mysql_engine import journalfile, letters, saltevent
 from salt_mysql_engine.errors import JournalError
 from salt_mysql_engine.journal import Caps, DeadLetter, Entry, Journal, NewEvent, Settlement
 from salt_mysql_engine.journalfile import CONFIRMED, STUB, UNCHECKED
-from tests.support.oldjournals import FORMAT_2
+from tests.support.oldjournals import FORMAT_1, FORMAT_2
 
 STATES = (UNCHECKED, CONFIRMED, STUB)
 
@@ -1156,38 +1156,6 @@ def test_a_full_disk_does_not_keep_events_from_being_settled(journal: Journal) -
 
 # Older formats
 
-_FORMAT_1 = """
-PRAGMA auto_vacuum = INCREMENTAL;
-PRAGMA journal_mode = WAL;
-CREATE TABLE events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL
-);
-CREATE TABLE dead_letters (
-    seq INTEGER PRIMARY KEY,
-    captured_at REAL NOT NULL,
-    jid TEXT NOT NULL,
-    minion TEXT NOT NULL,
-    body BLOB NOT NULL,
-    error TEXT NOT NULL,
-    failed_at REAL NOT NULL
-);
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE identity (uuid BLOB NOT NULL);
-INSERT INTO identity VALUES (X'0102030405060708');
-INSERT INTO events (captured_at, jid, minion, body) VALUES (1.5, 'gone', 'm', X'00');
-DELETE FROM events;
-INSERT INTO events (captured_at, jid, minion, body) VALUES (2.5, 'j2', 'm2', X'6232'), (3.5, 'j3', '', X'6233');
-INSERT INTO dead_letters VALUES (1, 1.5, 'j1', 'm1', X'6231', 'Data too long', 9.5);
-INSERT INTO counters VALUES
-    ('captured', 20), ('written', 9), ('duplicates', 3), ('ignored.peer', 4), ('dropped.memory_full', 1);
-PRAGMA application_id = 0x53414C54;
-PRAGMA user_version = 1;
-"""
-
 _FORMAT_2 = f"""{FORMAT_2}
 INSERT INTO events (seq, captured_at, jid, minion, body) VALUES (9, 9.5, 'gone', 'm', X'00');
 DELETE FROM events;
@@ -1215,7 +1183,7 @@ def older(folder: Path, statements: str) -> Path:
 def test_a_journal_of_format_1_is_upgraded_and_keeps_everything(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = older(tmp_path, _FORMAT_1)
+    path = older(tmp_path, FORMAT_1)
     journal = Journal(tmp_path)
     journal.open()
     for _ in range(2):  # and once more after the upgrade
@@ -1314,7 +1282,7 @@ def test_a_journal_of_format_2_is_upgraded_and_what_waited_is_in_its_place_again
     journal.close()
 
 
-@pytest.mark.parametrize("old", [_FORMAT_1, _FORMAT_2], ids=["format 1", "format 2"])
+@pytest.mark.parametrize("old", [FORMAT_1, _FORMAT_2], ids=["format 1", "format 2"])
 def test_an_upgraded_journal_has_the_tables_of_a_new_one(tmp_path: Path, old: str) -> None:
     older(tmp_path, old)
     shapes: list[Any] = []
@@ -1336,7 +1304,7 @@ def test_an_upgraded_journal_has_the_tables_of_a_new_one(tmp_path: Path, old: st
 
 
 @pytest.mark.parametrize(
-    ("old", "version", "in_the_way"), [(_FORMAT_1, 1, "marks"), (_FORMAT_1, 1, "notes"), (_FORMAT_2, 2, "notes")]
+    ("old", "version", "in_the_way"), [(FORMAT_1, 1, "marks"), (FORMAT_1, 1, "notes"), (_FORMAT_2, 2, "notes")]
 )
 def test_an_upgrade_that_fails_leaves_the_old_file_as_it_was(
     tmp_path: Path, old: str, version: int, in_the_way: str
