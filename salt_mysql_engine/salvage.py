@@ -247,10 +247,8 @@ def _in_ranges(
         stop = min(start + sizes[0] - 1, end)
         # A row that is looked up by its number is read without a step onto the page behind it.
         where, values = ("rowid = ?", (start,)) if start == stop else ("rowid BETWEEN ? AND ?", (start, stop))
-        try:
-            rows = old.execute(f"SELECT {names} FROM {table} WHERE {where}", values).fetchall()
+        try:  # row by row, for they may be large
+            yield from old.execute(f"SELECT {names} FROM {table} WHERE {where}", values)
         except BROKEN:
             if len(sizes) > 1:
                 yield from _in_ranges(old, table, names, start, stop, sizes[1:])
-        else:
-            yield from rows

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -229,6 +230,28 @@ def test_a_destroyed_leaf_costs_the_rows_on_it_and_no_other(
     assert {name: rows.keys() for name, rows in holdings(journal).items()} == {
         name: rows.keys() for name, rows in expected.items()
     }
+    journal.close()
+
+
+def test_what_lies_behind_a_destroyed_leaf_is_saved_in_bounded_memory(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    size = 100_000
+    for many, body_size in ((5000, 10), (300, size)):
+        journal.append([NewEvent(1e9, "j", "m", bytes(body_size)) for _ in range(many)])
+    journal.close()
+    _, leaves = pages_of(journal.path, "events")
+    destroy(journal.path, leaves[0])
+    tracemalloc.start()
+    journal.open()
+    held = journal.read(after=0, rows=10, max_bytes=1000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert journal.salvaged
+    assert held
+    assert journal.books()["pending"] == 5300 - lost(journal)
+    assert lost(journal) < 200
+    assert peak < 20 * size
     journal.close()
 
 
