@@ -118,6 +118,14 @@ _ABORTED = frozenset(
         ER.LOCK_DEADLOCK,  # 1213
         ER.QUERY_INTERRUPTED,  # 1317
         3101,  # ER_TRANSACTION_ROLLBACK_DURING_COMMIT (Group Replication)
+        1020,  # ER_CHECKREAD: changed since the last read (MariaDB's innodb_snapshot_isolation)
+        1412,  # ER_TABLE_DEF_CHANGED
+        1615,  # ER_NEED_REPREPARE
+        8002,
+        8005,
+        8022,
+        8028,
+        9007,  # TiDB: write conflicts, and tables that were changed meanwhile
     }
 )
 _LOST = frozenset(
@@ -143,6 +151,17 @@ _BUSY = frozenset(
         ER.OPTION_PREVENTS_STATEMENT,  # 1290: --read-only
         ER.DISK_FULL,  # 1021
         ER.RECORD_FILE_FULL,  # 1114
+        1026,  # ER_ERROR_ON_WRITE
+        1030,  # ER_GET_ERRNO: the storage engine's, a full disk say
+        1037,
+        1038,
+        1041,  # ER_OUTOFMEMORY, ER_OUT_OF_SORTMEMORY, ER_OUT_OF_RESOURCES
+        1637,  # ER_TOO_MANY_CONCURRENT_TRXS
+        9001,
+        9002,
+        9003,
+        9004,
+        9005,  # TiDB: its stores do not answer
         ER.ERROR_DURING_COMMIT,  # 1180
         1792,  # ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION
         1836,  # ER_READ_ONLY_MODE
@@ -262,8 +281,16 @@ class Session:
         await self._timed(self._connection.ping(reconnect=False))
 
     async def commit(self) -> None:
-        """Makes the transaction's changes last. After an error they may last or not."""
-        await self._timed(self._connection.commit())
+        """Makes the transaction's changes last. After an error they may last or not.
+
+        Raises:
+            TooMuch: the server took all rows and yet not the transaction, for a reason that nobody knows.
+            DatabaseError: anything else.
+        """
+        try:
+            await self._timed(self._connection.commit())
+        except UnknownRefusal as exc:
+            raise TooMuch(str(exc)) from exc.__cause__
         self.worked = True
 
     async def rollback(self) -> None:

@@ -54,8 +54,6 @@ _LOG_BYTES = 4 * journalfile.WAL_BYTES
 """A write-ahead log beyond this counts for the cap."""
 _WARN_SHARE, _CALM_SHARE = 0.8, 0.6
 _DROP_ROWS = 256
-_BOOT = "boot"
-"""The note of the system's run in which numbers were given last."""
 
 
 def _up_to(max_bytes: int) -> str:
@@ -564,7 +562,7 @@ class Journal(MendedFile):
             self._db.execute("BEGIN IMMEDIATE")
             if not self._numbers_are_sure:
                 journalfile.number_on(self._db)
-                self._set_note(_BOOT, self._boot)
+                self._set_note(journalfile.BOOT, self._boot)
             yield
         self._numbers_are_sure = True
         if time.monotonic() >= self._checkpoint_at:
@@ -588,7 +586,7 @@ class Journal(MendedFile):
         uuids = self._db.execute("SELECT uuid FROM identity").fetchall()
         salvage.require(len(uuids) == 1 and type(uuids[0][0]) is bytes and len(uuids[0][0]) == 8, "identity")
         ((self._uuid,),) = uuids
-        said = self._db.execute("SELECT value FROM notes WHERE name = ?", (_BOOT,)).fetchone()
+        said = self._db.execute("SELECT value FROM notes WHERE name = ?", (journalfile.BOOT,)).fetchone()
         self._numbers_are_sure = bool(self._boot) and said == (self._boot,)
         self.pending = self._pending()
         salvage.require(self.pending >= 0, "counters")

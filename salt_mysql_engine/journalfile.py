@@ -107,6 +107,8 @@ ROW_BYTES = 150
 """What an event takes in the file beside its body, in the table and its index."""
 NEVER_USED = 1_000_000
 """So far ahead numbering goes on where numbers may be lost that were used: more than there are in a moment."""
+BOOT = "boot"
+"""The note of the system's run in which numbers were given last."""
 RESERVE_BYTES = 16 * 1024 * 1024
 WAL_BYTES = 4 * 1024 * 1024
 """From this size on the engine empties the write-ahead log."""
@@ -192,6 +194,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         if not tables:
             _run(db, _TABLES)
             db.execute("INSERT INTO identity VALUES (?)", (os.urandom(8),))
+            db.execute("INSERT INTO notes VALUES (?, ?)", (BOOT, boot()))
             db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         else:
             for older in range(version, FORMAT):
@@ -242,7 +245,8 @@ def boot() -> str:
 def number_on(db: sqlite3.Connection) -> None:
     """Leaves out numbers, inside the caller's transaction: a power cut may have taken the newest commits, and MySQL
     has what was numbered in them."""
-    db.execute("UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'events'", (NEVER_USED,))
+    if not db.execute("UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'events'", (NEVER_USED,)).rowcount:
+        db.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", (NEVER_USED,))
 
 
 def leave_room_to_settle(db: sqlite3.Connection, path: Path) -> None:

@@ -37,6 +37,7 @@ UNIQUE: dict[str, tuple[str, ...]] = {
 _FOUR_BYTES = frozenset({"utf8mb4", "utf16", "utf16le", "utf32", "gb18030"})
 BYTEWISE = frozenset({"utf8mb4_nopad_bin", "utf8mb4_0900_bin", "binary", None})
 """Collations that tell any two texts apart: MariaDB's, MySQL's, and those of columns without a charset."""
+_TRANSACTIONAL = frozenset({"innodb", "rocksdb", "tokudb", "ndbcluster"})
 _JOB_COLUMNS = ("fun", "user", "tgt")
 
 
@@ -59,6 +60,8 @@ class Shape(NamedTuple):
     """The columns of the unique keys compare byte by byte, trailing spaces too."""
     failed: bool
     """``salt_returns`` has ``failed``."""
+    transactional: bool
+    """What is written can be taken back."""
 
 
 class Column(NamedTuple):
@@ -195,6 +198,7 @@ def shape_of(tables: dict[str, Table]) -> Shape:
             for column in columns
         ),
         failed="failed" in returns.columns,
+        transactional=all(table.engine.lower() in _TRANSACTIONAL for table in tables.values()),
     )
 
 

@@ -122,8 +122,10 @@ class Steady:
             nonlocal tries
             tries += 1
             usual, session.statement_timeout = session.statement_timeout, _CHANGE_SECONDS
-            await session.execute(statement)
-            session.statement_timeout = usual
+            try:
+                await session.execute(statement)
+            finally:
+                session.statement_timeout = usual
 
         try:
             await self.transaction(work)

@@ -422,11 +422,14 @@ class Writer:
         await self._settle(_settlement([item], {}, {item.seq: ("refused", str(exc))}))
 
     async def _takes_another_row(self) -> bool:
-        """Whether the server takes a return that nobody sent, which is rolled back."""
+        """Whether the server takes a return that nobody sent, which is rolled back. Tables where that cannot be done
+        (MyISAM) are not asked."""
         for value in _HARMLESS:
             try:
                 async with self._session_in_use:
                     session = await self._ready()
+                    if self._shape is None or not self._shape.transactional:
+                        return False
                     into = self._rows(session)
                     await into.begin()
                     with contextlib.suppress(RowsRejected):

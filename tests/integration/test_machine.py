@@ -211,7 +211,7 @@ class FakeDatabase:
 
 
 async def tables_are_there(*args: Any, **kwargs: Any) -> tuple[list[str], schema.Shape]:
-    return [], schema.Shape(frozenset(schema.TABLES), True, True, True, 255, True, True, True)
+    return [], schema.Shape(frozenset(schema.TABLES), True, True, True, 255, True, True, True, True)
 
 
 class EngineAgainstAModel(RuleBasedStateMachine):

@@ -39,7 +39,7 @@ async def session(database: Scratch) -> AsyncIterator[Session]:
 async def test_an_empty_database_gets_our_tables_and_their_version(database: Scratch, session: Session) -> None:
     created, shape = await schema.ensure(session, create=True, events=True)
     assert created == ["jids", "salt_returns", "salt_events"]
-    assert shape == schema.Shape(frozenset(schema.TABLES), True, True, True, 255, True, True, True)
+    assert shape == schema.Shape(frozenset(schema.TABLES), True, True, True, 255, True, True, True, True)
     assert database.sql("SELECT MAX(version) FROM mysql_jobcache_schema") == [(NEWEST,)]
     assert await schema.ensure(session, create=True, events=True) == ([], shape)
 
@@ -66,13 +66,13 @@ async def test_saltexts_tables_can_be_written_to_and_their_shape_says_how(databa
     make_saltext(database)
     created, shape = await schema.ensure(session, create=True, events=True)
     assert created == []
-    assert shape == schema.Shape(frozenset({"jids"}), False, False, False, 50, True, False, False)
+    assert shape == schema.Shape(frozenset({"jids"}), False, False, False, 50, True, False, False, True)
 
 
 async def test_tables_of_2014_can_be_written_to_and_their_shape_says_how(database: Scratch, session: Session) -> None:
     make_2014(database)
     _, shape = await schema.ensure(session, create=True, events=True)
-    assert shape == schema.Shape(frozenset(), False, False, False, 50, False, False, False)
+    assert shape == schema.Shape(frozenset(), False, False, False, 50, False, False, False, False)
 
 
 async def test_a_key_on_a_part_of_a_column_or_on_more_columns_is_no_key_of_ours(

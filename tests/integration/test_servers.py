@@ -224,6 +224,35 @@ async def test_an_unknown_error_that_every_row_meets_is_no_rows_fault(database: 
     assert len(database.rows("salt_returns")) == 4
 
 
+async def test_an_unknown_error_of_a_commit_is_no_rows_fault(database: Scratch, shipping: Make) -> None:
+    """Group Replication without a majority, a binary log that cannot be written: the rows were taken before."""
+    with Proxy(database.server.host, database.server.port) as proxy:
+        async with shipping(mysql={"mysql.port": proxy.port}, flush_interval=0.01) as ship:
+            await ship.ship(returned(jid(1), "web1"))
+            proxy.swap(b"\x03COMMIT", b"\x03COMMYT")
+            await ship.take(returned(jid(2), "web1"), returned(jid(3), "web1"))
+            await ship.fail(3)
+            assert "COMMYT" in ship.fault
+            proxy.heal()
+            books = await ship.drain()
+    assert (books["written"], books["dead_letters"]) == (3, 0)
+
+
+async def test_tables_that_take_nothing_back_are_sent_no_row_of_ours(database: Scratch, shipping: Make) -> None:
+    make_2014(database)  # jids is MyISAM
+    database.sql(
+        "CREATE TRIGGER one BEFORE INSERT ON salt_returns FOR EACH ROW "
+        "SET NEW.fun = IF(NEW.`return` = '0', (SELECT 1 UNION SELECT 2), NEW.fun)"
+    )
+    async with shipping(flush_interval=0.01) as ship:
+        await ship.take(returned(jid(1), "web1", 0))
+        await ship.fail(2)
+        assert "(1242)" in ship.fault
+        database.sql("DROP TRIGGER one")
+        await ship.drain()
+    assert [row["jid"] for row in database.rows("jids")] == [jid(1)]
+
+
 async def test_a_missing_table_that_is_not_ours_is_named_and_nobody_is_told_to_create_ours(
     database: Scratch, shipping: Make
 ) -> None:

@@ -401,6 +401,23 @@ def test_numbers_that_a_power_cut_took_are_not_given_again(tmp_path: Path, monke
     journal.close()
 
 
+def test_a_power_cut_that_left_a_new_journal_empty_gives_no_number_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    shutil.copytree(tmp_path / "journal", tmp_path / "on disk")
+    journal.append(events(3))
+    gone = {journal.event_key(entry.seq) for entry in everything(journal)}
+    journal.close()
+    monkeypatch.setattr(journalfile, "boot", lambda: "another run")
+    journal = Journal(tmp_path / "on disk")
+    journal.open()
+    journal.append(events(3))
+    assert gone.isdisjoint(journal.event_key(entry.seq) for entry in everything(journal))
+    journal.close()
+
+
 def test_another_journal_in_the_place_of_the_one_in_use_is_taken_along_with_large_events(tmp_path: Path) -> None:
     journal, other = Journal(tmp_path / "journal"), Journal(tmp_path / "disk")
     for each, bodies in ((other, LARGE[:2]), (journal, LARGE[2:])):
