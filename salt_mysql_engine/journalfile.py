@@ -203,16 +203,15 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         db.execute(f"PRAGMA user_version = {FORMAT}")
 
 
-def checkpoint(db: sqlite3.Connection, *, timeout: float) -> bool:
-    """Brings the write-ahead log back into the file and empties it; whether that could be done to the end.
+def checkpoint(db: sqlite3.Connection, *, timeout: float) -> None:
+    """Brings the write-ahead log back into the file and empties it, as far as nobody reads it.
 
     ``timeout`` is what the connection waits for others otherwise, in seconds.
     """
     # A reader, while nobody answers it, or somebody with the sqlite3 program: it is emptied when they are gone.
     db.execute("PRAGMA busy_timeout = 0")
     try:
-        (busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        return not busy
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     finally:
         db.execute(f"PRAGMA busy_timeout = {round(timeout * 1000)}")
 

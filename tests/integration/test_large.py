@@ -25,7 +25,7 @@ from salt_mysql_engine.items import Large
 from salt_mysql_engine.journalfile import CONFIRMED, STUB
 from salt_mysql_engine.large import setup_of
 from tests.support.mariadb import wait_until
-from tests.support.oldtables import make_2014
+from tests.support.oldtables import make_2014, make_version_2
 from tests.support.scratch import Scratch
 from tests.support.shipping import MASTER, Cache, Shipping, body, jid, return_data, returned
 
@@ -182,8 +182,11 @@ async def test_a_large_whole_value_takes_a_trimmed_ones_place(database: Scratch,
     assert json.loads(row["return"]) == json.loads(row["full_ret"])["return"] == f"it's \\ {TEXT}"
 
 
-async def test_large_returns_fit_tables_of_an_older_shape(database: Scratch, shipping: Make) -> None:
-    make_2014(database)
+@pytest.mark.parametrize("make", [make_2014, make_version_2])
+async def test_large_returns_fit_tables_of_an_older_shape(
+    database: Scratch, shipping: Make, make: Callable[[Scratch], None]
+) -> None:
+    make(database)
     async with shipping(**SOON) as ship:
         books = await ship.ship(returned(jid(1), "web1", f"\U0001f600{TEXT}"), returned(jid(2), "web1"))
         assert books["written"] == 2

@@ -29,6 +29,7 @@ from tests.support.oldtables import (
     make_2014,
     make_saltext,
     make_version_1,
+    make_version_2,
     opts_of,
 )
 from tests.support.proxy import Proxy
@@ -266,10 +267,7 @@ def test_columns_and_keys_of_others_stay_where_they_are(database: Scratch, opts:
 def test_tables_of_version_2_get_the_column_that_says_what_failed_and_an_archive_too(
     database: Scratch, opts: Opts
 ) -> None:
-    for ddl in schema.statements().values():
-        database.sql(ddl)
-    database.sql("ALTER TABLE salt_returns DROP COLUMN failed, ADD KEY success (success, jid)")
-    database.sql("INSERT INTO mysql_jobcache_schema (version) VALUES (1), (2)")
+    make_version_2(database)
     database.sql("CREATE TABLE salt_returns_archive LIKE salt_returns")
     said = [("1", 0), ("0", 0), ("1", 2)]
     for table in ("salt_returns", "salt_returns_archive"):

@@ -14,13 +14,16 @@ class Tests(NamedTuple):
 
 PLAN: Final[dict[str, Tests]] = {
     "saltevent": Tests(
-        ("unit/test_records.py", "unit/test_jobcache.py"), ("integration/test_verify.py", "integration/test_writer.py")
+        ("unit/test_records.py", "unit/test_items.py", "unit/test_jobcache.py"),
+        ("integration/test_verify.py", "integration/test_writer.py"),
     ),
     "jobload": Tests(
-        ("unit/test_records.py", "unit/test_jobcache.py"), ("integration/test_verify.py", "integration/test_writer.py")
+        ("unit/test_records.py", "unit/test_items.py", "unit/test_jobcache.py"),
+        ("integration/test_verify.py", "integration/test_writer.py"),
     ),
     "records": Tests(
-        ("unit/test_records.py", "unit/test_jobcache.py"), ("integration/test_verify.py", "integration/test_writer.py")
+        ("unit/test_records.py", "unit/test_items.py", "unit/test_jobcache.py"),
+        ("integration/test_verify.py", "integration/test_writer.py"),
     ),
     "jobcache": Tests(
         ("unit/test_jobcache.py", "unit/test_verify.py"),

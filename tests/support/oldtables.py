@@ -57,6 +57,14 @@ def make_version_1(database: Scratch) -> None:
     database.sql("INSERT INTO mysql_jobcache_schema (version) VALUES (1)")
 
 
+def make_version_2(database: Scratch) -> None:
+    """Our tables before they said what failed."""
+    for ddl in schema.statements().values():
+        database.sql(ddl)
+    database.sql("ALTER TABLE salt_returns DROP COLUMN failed, ADD KEY success (success, jid)")
+    database.sql("INSERT INTO mysql_jobcache_schema (version) VALUES (1), (2)")
+
+
 def job(days: float, number: int = 0) -> str:
     """The jid of a job that began so many days ago."""
     return (NOW - datetime.timedelta(days=days)).strftime("%Y%m%d%H%M%S") + f"{number:06d}"

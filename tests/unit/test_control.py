@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -234,6 +235,17 @@ def test_an_engine_that_was_killed_is_said_to_be_not_running(opts: dict[str, Any
     leave_a_socket(opts)
     with pytest.raises(ControlError, match="the engine is not running"):
         control.ask(opts, "status")
+
+
+def test_who_is_not_allowed_to_use_the_socket_is_told_whose_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.raises(ControlError, match=r"not allowed to use .*\.ipc; run this as the master's user"):
+        control.ask({"sock_dir": str(tmp_path)}, "status")
 
 
 async def test_an_engine_that_ends_without_an_answer_is_said_not_to_have_answered(opts: dict[str, Any]) -> None:

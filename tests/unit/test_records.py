@@ -340,6 +340,13 @@ def test_bytes_that_are_no_event_are_undecodable(body: bytes) -> None:
     assert interpret_body(body) is Ignored.UNDECODABLE
 
 
+@pytest.mark.parametrize("characters", [255, 256])
+def test_a_minion_whose_id_no_column_takes_is_refused(characters: int) -> None:
+    tag, minion = JOB_RETURN.rpartition("/")[0], "ü" * characters
+    outcome = interpret(f"{tag}/{minion}", a_return(id=minion))
+    assert isinstance(outcome, Record) if characters == 255 else outcome is Ignored.TOO_LONG
+
+
 @pytest.mark.parametrize(
     "hostile",
     [
