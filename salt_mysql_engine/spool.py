@@ -181,11 +181,12 @@ class Place:
 
     def leave(self) -> None:
         """Closes them."""
-        for descriptor in (self.folder, self.spool):
+        # Forgotten first: a child that is forked in between would close whatever has their numbers by then.
+        descriptors, self.folder, self.spool = (self.folder, self.spool), -1, -1
+        for descriptor in descriptors:
             if descriptor >= 0:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
-        self.folder = self.spool = -1
 
 
 def is_used(opts: Mapping[str, Any]) -> bool:
@@ -291,10 +292,10 @@ class HandOff:
     def close(self) -> None:
         """Closes what is open; what is held in memory is gone."""
         self._place.leave()
-        if self._file >= 0:
+        file, self._file = self._file, -1
+        if file >= 0:
             with contextlib.suppress(OSError):
-                os.close(self._file)
-        self._file = -1
+                os.close(file)
 
     def _append(self, jid: str, minion: str, body: bytes | None, *, published: bool = False) -> None:
         record = None
@@ -456,10 +457,10 @@ class HandOff:
         self._enter()
         key = os.urandom(KEY_BYTES - 1) + b"\1"
         file = self._new_file(key, self._uncounted)
-        if self._file >= 0:
-            _leave(self._file)
-        self._file, self._key, self._end = file, key, HEADER.size
+        old, self._file, self._key, self._end = self._file, file, key, HEADER.size
         self._counts, self._uncounted = self._uncounted, [0] * len(REASONS)
+        if old >= 0:
+            _leave(old)  # the last of all: see :meth:`Place.leave`
 
     def _new_file(self, key: bytes, counts: list[int]) -> int:
         header = HEADER.pack(MAGIC, key, *counts)
@@ -500,8 +501,8 @@ class HandOff:
         except BaseException:
             self._discard(file)
             raise
-        _leave(self._file)
-        self._file, self._is_elsewhere = file, False
+        old, self._file, self._is_elsewhere = self._file, file, False
+        _leave(old)
         self._counts = [had + one for had, one in zip(self._counts, self._uncounted, strict=True)]
         self._uncounted = [0] * len(REASONS)
         log.error("Somebody deleted the spool in %s while it was in use; it was made again", self._path)

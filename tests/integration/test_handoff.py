@@ -997,6 +997,49 @@ def test_a_process_that_is_out_of_descriptors_hands_over_all_the_same(tmp_path: 
     assert (books["captured"], books["dropped"]) == (200, {})
 
 
+@pytest.mark.parametrize("step", ["the file", "the folder"])
+def test_a_child_that_another_thread_forks_off_while_a_file_is_closed_closes_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """What was closed has left its number to whatever was opened next."""
+    hand = HandOff(opts(tmp_path, journal_max_bytes=4 * MIB))
+    hand.returned(return_data(jid(1), "web1"))
+    real, parent = os.close, os.getpid()
+    reads: list[int] = []
+
+    def forking(descriptor: int) -> None:
+        real(descriptor)
+        if reads or descriptor != closed or os.getpid() != parent:
+            return
+        mine, others = os.pipe()
+        os.dup2(mine, descriptor)  # as if another thread had opened something
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if _is_open(descriptor) else 1)
+        reads.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        for each in {mine, others, descriptor}:
+            real(each)
+
+    closed = hand._file if step == "the file" else hand._place.spool
+    monkeypatch.setattr(os, "close", forking)
+    if step == "the file":
+        while not reads:
+            hand.returned(return_data(jid(2), "web1", "x" * 10_000))
+    else:
+        hand._place.leave()
+    monkeypatch.undo()
+    assert reads == [0]
+    hand.close()
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
 def test_nothing_happens_at_import_and_forks_are_watched_from_the_first_hand_off_on() -> None:
     script = (
         "import os; watched = []; os.register_at_fork = lambda **kwargs: watched.append(kwargs)\n"
