@@ -29,6 +29,7 @@ from tests.support.progress import Progress
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = "salt_mysql_engine"
 _LEFT_BEHIND: Final = shutil.ignore_patterns(".git", ".local", ".hypothesis", "__pycache__", ".*_cache")
+_UNIT_TESTS: Final = ("unit",)
 _moments = itertools.count(1_000_000_000)
 
 
@@ -44,7 +45,8 @@ class Copy:
         self._write(mutant.module, mutated(mutant, source))
         try:
             plan = PLAN[mutant.module]
-            return all(self.passes(files, seconds) for files in ((plan.quick,) if quick else plan))
+            asked = [plan.quick, _UNIT_TESTS] if quick else [plan.quick, _UNIT_TESTS, plan.then]
+            return all(self.passes(files, seconds) for files in asked)
         finally:
             self._write(mutant.module, source)
 

@@ -1,4 +1,5 @@
-"""Which tests are asked about which module: quick ones first, and those against a server of what lives."""
+"""Which tests are asked about which module: its own quick ones first, and those against a server of what lives. Between
+them all unit tests are asked."""
 
 from __future__ import annotations
 
