@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import jsontext, records, saltevent, sql
+from . import jsontext, moments, records, saltevent, sql
 from .records import Event, Load, Record, Return, Selection
 from .saltevent import Ignored, Opened
 from .stencil import Stencils
@@ -89,7 +89,7 @@ class Item(NamedTuple):
 def harmless(value: Any, master_id: str, *, with_event: bool) -> Item:
     """A return that nobody sent, to ask a server whether it takes rows."""
     data: dict[str, Any] = {"jid": "0" * 20, "id": master_id, "fun": "", "fun_args": [], "return": value}
-    altered = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M:%S.%f}"
+    altered = moments.altered_at(None, time.time())
     ret = Return(data["jid"], master_id, "", jsontext.dumps(value), jsontext.dumps(data), True, altered, data)
     event = Event("mysql_jobcache", "{}", altered) if with_event else None
     event_row = sql.event_row(event, master_id, bytes(saltevent.EVENT_KEY_BYTES)) if event else b""
