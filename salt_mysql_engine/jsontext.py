@@ -30,9 +30,11 @@ from __future__ import annotations
 
 import base64
 import datetime
+import itertools
 import json
 import math
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 MAX_DEPTH = 28
@@ -106,8 +108,16 @@ def _plain(value: Any, depth: int) -> Any:
             return _deep_text(value)
         if isinstance(value, dict):
             return {_key(key): _plain(item, depth - 1) for key, item in value.items()}
-        return [_plain(item, depth - 1) for item in value]
+        return [item if type(item) in _AS_THEY_ARE else _plain(item, depth - 1) for item in value]
     return _scalar(value)
+
+
+_AS_THEY_ARE = frozenset({int, bool, type(None)})
+"""Of these a byte is one: so many are in an event of which everything else costs several bytes."""
+
+
+def _is_as_it_is(value: Any) -> bool:
+    return type(value) in _AS_THEY_ARE
 
 
 class _Piece(str):
@@ -129,12 +139,21 @@ def _deep_text(value: Any) -> str:
             stack.append(_Piece("{"))
         elif isinstance(item, (list, tuple, set, frozenset)):
             stack.append(_Piece("]"))
-            for n, child in reversed(list(enumerate(item))):
+            for n, child in reversed(list(enumerate(_in_runs(item)))):
                 stack += (child, _Piece(", " * bool(n)))
             stack.append(_Piece("["))
         else:
             written.append(_encode(_plain(item, 1)))
     return "".join(written)
+
+
+def _in_runs(items: Iterable[Any]) -> Iterator[Any]:
+    """The items, those that are written as they are in one piece."""
+    for as_they_are, run in itertools.groupby(items, _is_as_it_is):
+        if as_they_are:
+            yield _Piece(_encode(list(run))[1:-1])
+        else:
+            yield from run
 
 
 def _key(key: Any) -> str:

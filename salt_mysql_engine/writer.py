@@ -607,6 +607,7 @@ class Writer:
             except BaseException:
                 self.tables_known = False
                 raise
+            await session.rollback()  # MySQL would keep who changes a table waiting, if what comes next failed
             characters = min(self._shape.fun_characters, saltevent.MAX_FUN_CHARACTERS)
             self._large.fit = Fit(
                 self._shape.alter_time,

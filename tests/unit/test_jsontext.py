@@ -35,6 +35,23 @@ def test_an_ordinary_value_becomes_what_salts_own_returners_store(value: Any) ->
     assert jsontext.dumps(value) == json.dumps(value, ensure_ascii=False)
 
 
+def test_many_numbers_in_a_deep_part_are_written_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a mebibyte holds as many of them as it has bytes: one by one they took a quarter of a second."""
+    numbers = [*range(100)] * 1000
+    value: Any = [*numbers, {"k": [1.5, None, True]}, *numbers]
+    for _ in range(100):
+        value = [value]
+    pieces, real = [], jsontext._encode
+    monkeypatch.setattr(jsontext, "_encode", lambda value: pieces.append(1) or real(value))
+    outer = json.loads(jsontext.dumps(value))
+    assert len(pieces) < 20
+    for _ in range(jsontext.MAX_DEPTH):
+        (outer,) = outer
+    for _ in range(jsontext.MAX_DEPTH):
+        (value,) = value
+    assert outer == json.dumps(value)
+
+
 @given(values.python_values)
 def test_any_value_becomes_strict_json_that_is_not_too_deep(value: Any) -> None:
     assert values.depth(values.strict_json(jsontext.dumps(value))) <= jsontext.MAX_DEPTH + 1  # for {"__base64__": ...}
