@@ -25,6 +25,7 @@ from .errors import (
     DatabaseError,
     OperatorNeeded,
     RowsRejected,
+    RowTooLarge,
     ServerUnavailable,
     SettingsError,
     TooManySessions,
@@ -271,10 +272,15 @@ class Session:
     def _check_size(self, statement: bytes | str) -> None:
         # The server would answer a larger packet by ending the connection, which looks like an outage.
         if 0 < self.max_packet <= len(statement):
-            raise RowsRejected(
+            raise RowTooLarge(
                 f"{self.host}: a statement of {len(statement)} bytes for a row is larger than max_allowed_packet "
                 f"({self.max_packet} bytes); raise that"
             )
+
+    async def takes_more(self) -> bool:
+        """Whether the server takes larger packets on connections that are opened now."""
+        ((most,),) = await self.query("SELECT @@GLOBAL.max_allowed_packet")
+        return int(most) > self.max_packet
 
     async def ping(self) -> None:
         """Asks whether the server is still there; a session that it closed is closed then."""

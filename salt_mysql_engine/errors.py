@@ -94,3 +94,7 @@ class RowsRejected(DatabaseError):
     """The database server refuses at least one row of the batch."""
 
     verdict = Verdict.SPLIT
+
+
+class RowTooLarge(RowsRejected):
+    """A row is larger than the database server takes on this connection."""

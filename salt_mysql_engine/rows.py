@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from . import jobload, jsontext, records, saltevent, sql
 from .database import Session
-from .errors import RowsRejected, ServerUnavailable
+from .errors import RowsRejected, RowTooLarge, ServerUnavailable
 from .items import Item, Large, Plain
 from .records import Load, Record, Return
 from .schema import Shape
@@ -122,7 +122,7 @@ class Rows:
             else:
                 assert isinstance(outcome, (Record, Large))
                 if isinstance(outcome, Large) and outcome.refused:
-                    raise RowsRejected(f"{self._session.host}: {outcome.refused}")
+                    raise RowTooLarge(f"{self._session.host}: {outcome.refused}")
                 key = _key(item)
                 if outcome.load is not None:
                     loads.append(outcome.load)

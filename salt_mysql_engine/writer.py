@@ -41,6 +41,7 @@ from .errors import (
     JournalError,
     OperatorNeeded,
     RowsRejected,
+    RowTooLarge,
     ServerUnavailable,
     TooMuch,
     TransactionAborted,
@@ -341,6 +342,7 @@ class Writer:
     async def _deliver(self, batch: list[Item]) -> None:
         """Writes a batch and settles it, however long that takes."""
         attempt = refusals = 0
+        was_too_large = False
         while True:
             try:
                 async with self._session_in_use:
@@ -349,6 +351,9 @@ class Writer:
                 if len(batch) > 1:
                     await self._deliver_halves(batch)
                     return
+                if isinstance(exc, RowTooLarge) and not was_too_large and await self._takes_more_now():
+                    was_too_large = True
+                    continue
                 await self._refuse(batch[0], exc)
                 return
             except DatabaseError as exc:
@@ -420,6 +425,18 @@ class Writer:
     async def _refuse(self, item: Item, exc: DatabaseError) -> None:
         log.error("The database refuses an event, which goes to the dead letters: %s", exc)
         await self._settle(_settlement([item], {}, {item.seq: ("refused", str(exc))}))
+
+    async def _takes_more_now(self) -> bool:
+        """Whether somebody raised ``max_allowed_packet`` since our connection was opened; it is opened again then."""
+        with contextlib.suppress(DatabaseError):
+            async with self._session_in_use:
+                session = await self._ready()
+                takes_more = await session.takes_more()
+                await session.rollback()
+                if takes_more:
+                    session.close()
+                return takes_more
+        return False
 
     async def _takes_another_row(self) -> bool:
         """Whether the server takes a return that nobody sent, which is rolled back. Tables where that cannot be done

@@ -212,6 +212,19 @@ async def test_a_large_row_beyond_max_allowed_packet_is_a_dead_letter_until_that
         assert (await ship.settled())["written"] == 2
 
 
+@pytest.mark.parametrize("size", [2_000_000, 200_000], ids=["large", "small"])
+async def test_a_row_that_was_too_large_is_taken_once_max_allowed_packet_is_raised_while_it_runs(
+    database: Scratch, shipping: Make, size: int
+) -> None:
+    with database.globally(max_allowed_packet=size):
+        async with shipping(**SOON) as ship:
+            books = await ship.ship(returned(jid(1), "web1", "x" * size), returned(jid(2), "web1"))
+            assert (books["written"], books["dead_letters"]) == (1, 1)
+            database.sql("SET GLOBAL max_allowed_packet = 16777216")
+            assert await ship.retry() == 1
+            assert (await ship.settled())["written"] == 2
+
+
 async def test_a_batch_of_costly_small_events_does_not_hold_up_the_loop_in_one_piece(shipping: Make) -> None:
     costly = nested(400, 18)
     async with shipping(flush_interval=0.2) as ship:
