@@ -30,6 +30,7 @@ from . import __version__, folders, moments, saltevent, settings, spool
 from .batcher import Limits
 from .bus import BusReader
 from .capture import Capture, InJournal
+from .clock import Clock
 from .control import Argument, Control, Verb, socket_path
 from .database import Database
 from .decoder import Decoder
@@ -104,6 +105,7 @@ class Engine:
         self._retimed = asyncio.Event()
         self._settings = settings.combine(self._config, {})
         self._started_at, self._started = time.time(), time.monotonic()
+        self._clock = Clock()
         self._faults: collections.Counter[str] = collections.Counter()
         self._stop = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "mysql_jobcache journal")
@@ -181,7 +183,7 @@ class Engine:
             if self._cache
             else None
         )
-        self._retention = Retention(self._database)
+        self._retention = Retention(self._database, self._clock)
         self._bus = BusReader(
             self._opts,
             on_events=self._capture.on_events,
@@ -546,11 +548,11 @@ class Engine:
         salvaged = ""
         while True:
             await asyncio.sleep(_TEND_SECONDS)
-            await self._in_journal(spool.forget_old, self._opts)
+            await self._in_journal(spool.forget_old, self._opts, self._clock.now())
             more = True
             while more:
                 try:
-                    more = await self._in_journal(self._journal.tend, self._now())
+                    more = await self._in_journal(self._journal.tend, self._clock.now())
                 except sqlite3.Error as exc:
                     log.debug("The journal cannot be tended now: %s", exc)
                     more = False
@@ -558,10 +560,6 @@ class Engine:
             if self._journal.salvaged != salvaged:
                 salvaged = self._journal.salvaged
                 self._ask_reconcile("a corrupt journal", 0.0)
-
-    def _now(self) -> float:
-        """The time, as far as the clock was not set forward since the start: that makes no event old."""
-        return min(time.time(), self._started_at + time.monotonic() - self._started)
 
     async def _take_handed_over(self) -> None:
         """Takes what the master's other processes hand over into the journal."""

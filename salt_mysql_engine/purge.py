@@ -11,6 +11,7 @@ once more, and dropped. A row that the archive has already is not copied again.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from .schema import Table
 from .sql import quote
 from .steady import Steady
 
+log = logging.getLogger(__name__)
+
 LOCK = "mysql_jobcache upkeep"
 """Who purges or migrates holds it: one at a time on a database."""
 _CHUNK_SECONDS = 0.01
@@ -34,6 +37,7 @@ _DROP_PARTITIONS = 5
 """At once: everybody else waits while the server deletes their files, some 10 ms each."""
 _COUNT_ROWS = 1_000_000
 """That one statement may count: well below its timeout, also from a cold disk."""
+_CLOCKS_SECONDS = 600.0
 
 _TRUE_JID = (
     "(CHAR_LENGTH(`jid`) = 20 AND `jid` NOT REGEXP '[^0-9]' OR "
@@ -80,6 +84,19 @@ async def purge(steady: Steady, before: float, *, archive: bool, report: Report,
             ) from exc
         done[name] = work.rows
     return done
+
+
+async def earlier_clock(session: Session) -> float:
+    """The time by the server's clock or ours: one that is ahead must not make everything old."""
+    ((there,),) = await session.query("SELECT UNIX_TIMESTAMP()")
+    here = time.time()
+    if abs(here - float(there)) > _CLOCKS_SECONDS:
+        log.warning(
+            "The clocks of the master and of the database server are %d s apart: what is too old is judged by the "
+            "earlier one. Set them right.",
+            abs(here - float(there)),
+        )
+    return min(here, float(there))
 
 
 async def count(session: Session, before: float) -> dict[str, Any]:

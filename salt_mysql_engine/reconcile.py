@@ -51,6 +51,7 @@ _ROOM_SECONDS = 0.2
 _MAX_PENDING = 5_000
 _RETRY_FIRST, _RETRY_MAX = 5.0, 60.0  # seconds
 _MARK = "reconciled_at"
+_DAY = 86_400.0
 
 InThread = Callable[..., Awaitable[Any]]
 Ask = Callable[[bytes], Awaitable[list[tuple[Any, ...]]]]
@@ -131,6 +132,8 @@ class Reconciler:
         self._clocks = time.time(), time.monotonic()
         """Of the last complete pass, or of the start."""
         self._on_append = on_append
+        self._oldest = ""
+        """Jobs of before it were deleted: by the clock of the pass's mark, which tells later whether that was ahead."""
         self._asked: dict[str, float | None] = {"start": None}
         self._news = asyncio.Event()
         self._news.set()
@@ -178,6 +181,7 @@ class Reconciler:
                 usual = 0.0 if mark is None or mark > began else max(0.0, mark - _OVERLAP_SECONDS - self._set_back())
                 since = min(usual if given is None else given for given in asked.values())
                 self.now = self.now._replace(since=since)
+                self._oldest = moments.jid_at(began - self.retention_days * _DAY) if self.retention_days else ""
                 # By the mark too, since the engine may have been restarted in between.
                 last = max(time.monotonic() - self._clocks[1], began - mark if mark is not None else 0.0)
                 await self._compare_all(since, blind=last > self._blind_after)
@@ -256,7 +260,7 @@ class Reconciler:
         return found, sum(len(each.minions) for each in found)
 
     def _wants(self, job: Job) -> bool:
-        if self.retention_days and job.jid < moments.jid_at(time.time() - self.retention_days * 86_400):
+        if job.jid < self._oldest:
             return False
         return self._wants_function(job) or self._may_be_own(job)
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from . import partitions, schema
 from .backfill import backfill
+from .clock import Clock
 from .database import Database
 from .errors import DatabaseError, EngineError
-from .purge import LOCK, purge
+from .purge import LOCK, earlier_clock, purge
 from .steady import Busy, Steady
 from .waits import is_set_within
 
@@ -30,13 +31,12 @@ _PATIENCE_SECONDS = 30.0
 _DUTY = 0.5
 """The share of the time that the database may be kept at work with this."""
 _DAY = 86_400.0
-_CLOCKS_SECONDS = 600.0
 
 
 class Retention:
     """Rounds of upkeep. ``days`` (0: none go), ``archive`` and ``partitions`` are the settings of these names."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, clock: Clock) -> None:
         self.days = 0.0
         self.archive = False
         self.partitions = "none"
@@ -48,6 +48,7 @@ class Retention:
         self.filled = 0
         """Rows of other writers whose columns were filled in."""
         self._database = database
+        self._clock = clock
         self._purged_at = float("-inf")
         self._news = asyncio.Event()
 
@@ -96,7 +97,7 @@ class Retention:
                 await asyncio.sleep(0.1)
             if not self.confirmed or time.monotonic() < self._purged_at + _PURGE_SECONDS:
                 return
-            now = await self._now(steady)
+            now = min(self._clock.now(), await steady.transaction(earlier_clock))
             if self.partitions != "none":
                 await self._make_partitions(steady, now)
             if self.days:
@@ -112,18 +113,6 @@ class Retention:
                         ", ".join(f"{rows} rows of {name}" for name, rows in gone.items()),
                     )  # fmt: skip
             self._purged_at = time.monotonic()
-
-    async def _now(self, steady: Steady) -> float:
-        """The earlier of two clocks, the server's and ours: one that is ahead must not make everything old."""
-        ((there,),) = await steady.rows("SELECT UNIX_TIMESTAMP()")
-        here = time.time()
-        if abs(here - float(there)) > _CLOCKS_SECONDS:
-            log.warning(
-                "The clocks of the master and of the database server are %d s apart: what is too old is judged by the "
-                "earlier one. Set them right.",
-                abs(here - float(there)),
-            )
-        return min(here, float(there))
 
     async def _make_partitions(self, steady: Steady, now: float) -> None:
         today = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).date()

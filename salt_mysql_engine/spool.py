@@ -573,7 +573,7 @@ def make_last(spool: int) -> None:
                     os.pwrite(file, header + bytes(_LAST_BYTES - HEADER.size), 0)
 
 
-def forget_old(opts: Mapping[str, Any]) -> None:
+def forget_old(opts: Mapping[str, Any], now: float) -> None:
     """Takes away the marks of jobs that ended long ago (:meth:`HandOff.keep_out`)."""
     path = folders.of_journal(str(opts["cachedir"]))
     with (
@@ -583,7 +583,7 @@ def forget_old(opts: Mapping[str, Any]) -> None:
         os.scandir(marks) as entries,
     ):
         for entry in entries:
-            if entry.stat(follow_symlinks=False).st_mtime < time.time() - _KEEP_OUT_SECONDS:
+            if entry.stat(follow_symlinks=False).st_mtime < now - _KEEP_OUT_SECONDS:
                 os.unlink(entry.name, dir_fd=marks)
 
 

@@ -118,10 +118,10 @@ async def _purge(opts: Mapping[str, Any], days: float, archive: bool, dry: bool,
     from .moments import utc
     from .steady import Busy, Steady
 
-    before = time.time() - days * _DAY
-    said = {"before": utc(before).isoformat(timespec="seconds"), "archive": archive}
     session = await _database(opts).open()
     try:
+        before = await purge.earlier_clock(session) - days * _DAY
+        said = {"before": utc(before).isoformat(timespec="seconds"), "archive": archive}
         expected = await purge.count(session, before)
     finally:
         session.close()

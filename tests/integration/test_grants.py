@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from salt_mysql_engine import partitions, schema, upkeep
+from salt_mysql_engine.clock import Clock
 from salt_mysql_engine.database import Database
 from salt_mysql_engine.errors import EngineError, OperatorNeeded
 from salt_mysql_engine.reader import Reader
@@ -80,7 +81,7 @@ def archive(opts: dict[str, Any], directory: Path) -> None:
 def keep_partitions(opts: dict[str, Any], directory: Path) -> None:
     async def keep() -> None:
         login = Database(lambda: Connection.from_opts(opts), connect_timeout=10, statement_timeout=60)
-        keeper = Retention(login)
+        keeper = Retention(login, Clock())
         keeper.confirmed = True
         keeper.days = 30
         keeper.partitions = "month"

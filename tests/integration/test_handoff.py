@@ -323,7 +323,7 @@ def test_the_marks_of_such_jobs_do_not_stay_for_ever(tmp_path: Path, hand: HandO
     hand.keep_out(jid(2))
     marks = folder(tmp_path) / "nocache"
     os.utime(marks / jid(1), (1, 1))
-    spool.forget_old(opts(tmp_path))
+    spool.forget_old(opts(tmp_path), time.time())
     assert [mark.name for mark in marks.iterdir()] == [jid(2)]
 
 

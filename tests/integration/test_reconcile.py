@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from salt_mysql_engine import reconcile
+from salt_mysql_engine.jobcache import Folder
 from salt_mysql_engine.journal import Caps
 from salt_mysql_engine.journalfile import CONFIRMED
 from tests.support.oldtables import make_2014
@@ -395,6 +396,28 @@ async def test_what_a_minion_returns_to_a_runner_before_its_end_does_not_hide_it
     stored = {row["id"]: row["fun"] for row in database.rows("salt_returns")}
     assert stored[MASTER] == "runner.state.orchestrate"
     assert ("mallory" in stored) is (fun == "test.ping")
+
+
+async def test_a_clock_that_is_ahead_for_a_part_of_a_pass_hides_nothing(
+    database: Scratch, cache: Cache, reconciling: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    cache.accept(*returns(10))
+    async with reconciling() as ship:
+        reconciler = ship.reconciler
+        assert reconciler is not None
+        reconciler.retention_days = 5000.0
+        look = reconciler._look
+
+        def ahead(folders: list[Folder]) -> Any:
+            monkeypatch.setattr(time, "time", lambda: real() + 86_400 * 10_000)
+            try:
+                return look(folders)
+            finally:
+                monkeypatch.setattr(time, "time", real)
+
+        monkeypatch.setattr(reconciler, "_look", ahead)
+        assert added(await first(ship)) == (0, 10)
 
 
 async def test_a_clock_that_was_set_back_hides_nothing_from_a_pass(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from salt_mysql_engine import partitions, purge, retention, schema, upkeep
+from salt_mysql_engine.clock import Clock
 from salt_mysql_engine.control import Control, Verb, socket_path
 from salt_mysql_engine.database import Database
 from salt_mysql_engine.retention import Retention
@@ -371,7 +372,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keeper_of(database: Scratch) -> Retention:
-    keeper = Retention(database_of(database))
+    keeper = Retention(database_of(database), Clock())
     keeper.confirmed = True
     return keeper
 
@@ -454,7 +455,7 @@ async def test_the_engine_fills_in_what_other_writers_leave_out(database: Scratc
 async def test_nothing_is_purged_by_settings_that_no_pillar_has_confirmed(database: Scratch) -> None:
     make_ours(database)
     fill(database)
-    keeper = Retention(database_of(database))
+    keeper = Retention(database_of(database), Clock())
     keeper.days = 30
     with running(keeper):
         await asyncio.sleep(0.5)
@@ -476,6 +477,34 @@ async def test_a_clock_that_is_ahead_makes_nothing_old(
     with running(keeper):
         await until(lambda: jids(database) == {*NEW, *STRANGE})
         await until(lambda: keeper.last is not None)
+    assert "The clocks of the master and of the database server are" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_clock_that_is_set_forward_while_it_runs_makes_nothing_old_though_the_server_shares_it(
+    database: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_ours(database)
+    fill(database)
+    keeper = keeper_of(database)
+    keeper.days = 30
+    ahead = time.time() + 300 * 86_400
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    with database.globally(init_connect=f"SET timestamp = {ahead}"), running(keeper):
+        await until(lambda: keeper.last is not None)
+        assert jids(database) == {*NEW, *STRANGE}
+
+
+def test_a_purge_that_is_asked_for_goes_by_the_earlier_clock_too(
+    database: Scratch, opts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_ours(database)
+    fill(database)
+    ahead = time.time() + 300 * 86_400
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    assert upkeep.purge(opts, 30, True, QUIET)["jids"] == len(OLD)
+    upkeep.purge(opts, 30, False, QUIET)
+    assert jids(database) == {*NEW, *STRANGE}
     assert "The clocks of the master and of the database server are" in caplog.text
 
 

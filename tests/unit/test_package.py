@@ -24,6 +24,7 @@ LAYERS = (
         "sessions",
         "settings",
         "tls",
+        "clock",
         "waits",
         "salvage",
         "journalfile",

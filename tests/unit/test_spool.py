@@ -567,7 +567,7 @@ def test_what_is_closed_keeps_no_descriptor(tmp_path: Path) -> None:
     for number in range(10):  # each in a file of its own
         hand.keep_out(jid(100))
         hand.returned(return_data(jid(number), "web1", "x" * 70_000))
-    spool.forget_old(opts(tmp_path))
+    spool.forget_old(opts(tmp_path), time.time())
     hand.close()
     hand.close()
     assert descriptors() == before
